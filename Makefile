@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test check bench install format clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.cli  ## Transfer an adapter between two made base models; results in demo/out
+	$(BIN)/python -m demo
+
+test: .venv/.dev  ## Run the tests
+	$(BIN)/python -m pytest
+
+check: .venv/.dev  ## Format, lint, types, import boundaries, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+bench: .venv/.dev  ## Time, peak memory and error on full-size bases; JSON in benchmarks/results
+	$(BIN)/python -m benchmarks
+
+install: .venv/.dev  ## Set up .venv with all that development needs
+
+format: .venv/.dev  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove .venv and everything that was made
+	rm -rf .venv demo/out *.egg-info
+
+.venv/.cli: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cli]'
+	@touch $@
+
+.venv/.dev: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ .venv/.cli

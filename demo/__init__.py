@@ -1,0 +1,1 @@
+"""Seeded stand-ins for base models and adapters, and the demonstration that runs on them."""

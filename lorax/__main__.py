@@ -1,0 +1,5 @@
+"""`python -m lorax`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,342 @@
+"""The command line: `lorax inspect | similarity | transfer | convert`."""
+
+import io
+import json
+import math
+import signal
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from . import __version__, pictures
+from .adapters import load_adapter, save_adapter
+from .base import Base, open_base
+from .convert import to_lora, to_lora_x
+from .errors import LoraxError, OptionError, printable
+from .inspect import describe
+from .progress import Progress
+from .report import WEAK, Row, TransferReport, similarity_json
+from .similarity import Similarity
+from .similarity import similarity as compare
+from .tensorfile import check_output, write_bytes
+from .transfer import RANK, THRESHOLD
+from .transfer import transfer as move
+
+app = typer.Typer(
+    help="Move adapters (LoRA, LoRA-X) between diffusion base models, without training and without data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+say = Console(highlight=False, soft_wrap=True)
+tell = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Method(StrEnum):
+    """How an update is moved."""
+
+    auto = "auto"
+    project = "project"
+    by_index = "index"
+    align = "align"
+    subspace_null = "subspace-null"
+    copy = "copy"
+
+
+class Format(StrEnum):
+    """The form of the result."""
+
+    lora = "lora"
+    lora_x = "lora-x"
+
+
+class Naming(StrEnum):
+    """How the result spells its layers."""
+
+    keep = "keep"
+    kohya = "kohya"
+    diffusers = "diffusers"
+
+
+class DType(StrEnum):
+    """How the result is stored."""
+
+    keep = "keep"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+AdapterFile = Annotated[Path, typer.Argument(help="Adapter, a safetensors file.")]
+BASE = "Checkpoint, U-Net file, or folder of a diffusers pipeline."
+SourceOption = Annotated[Path, typer.Option("--source", help=f"Base that the adapter was made for. {BASE}")]
+TargetOption = Annotated[Path, typer.Option("--target", help=f"Base that it shall work on. {BASE}")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+NamingOption = Annotated[Naming, typer.Option(help="Spelling of the layers in the result.")]
+DTypeOption = Annotated[DType, typer.Option(help="Storage of the result.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+RankOption = Annotated[int, typer.Option(help="Singular directions that make a weight's leading subspace.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False) -> None:
+    if version:
+        say.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Adapter or base model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all there is to know as JSON.")] = False,
+) -> None:
+    """Say what a file is: format, family, layers, ranks, alpha, norms, dtype."""
+    facts = describe(file)
+    if as_json:
+        say.print(json.dumps(facts, indent=1), markup=False)
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        if name not in ("rows", "metadata", "unused"):
+            table.add_row(name.replace("_", " "), _plain(value))
+    say.print(table)
+    for key, why in facts.get("unused", {}).items():
+        say.print(f"not used: {printable(key)} ({why})", markup=False)
+
+
+@app.command()
+def similarity(
+    source: Annotated[Path, typer.Argument(help=BASE)],
+    target: Annotated[Path, typer.Argument(help=BASE)],
+    rank: Annotated[str, typer.Option(help="Compare this many leading directions, or 'full'.")] = "full",
+    layers: Annotated[str, typer.Option(help="'attention' or 'all'.")] = "attention",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every pair to this file.")] = None,
+    png_file: Annotated[Path | None, typer.Option("--png", help="Draw the heat maps to this file.")] = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Compare the singular subspaces of two bases: every source layer with every target layer of its kind."""
+    if layers not in ("attention", "all"):
+        raise OptionError("unknown choice of layers", layers, "choose attention or all")
+    if rank != "full" and not rank.isdigit():
+        raise OptionError("a rank is a whole number or 'full'", rank, "give for example 320")
+    base_s, base_t = open_base(source), open_base(target)
+    _check_outputs([json_file, png_file], base_s, base_t)
+    with _bar("comparing") as progress:
+        result = compare(
+            base_s,
+            base_t,
+            rank=None if rank == "full" else int(rank),
+            attention_only=layers == "attention",
+            device=_device(device),
+            progress=progress,
+        )
+    _print_similarity(result)
+    if json_file:
+        write_bytes(json_file, json.dumps(similarity_json(result)).encode())
+    if png_file:
+        write_bytes(png_file, _png(pictures.similarity_picture(result)))
+
+
+@app.command()
+def transfer(
+    adapter: AdapterFile,
+    source: SourceOption,
+    target: TargetOption,
+    output: OutputOption,
+    method: Annotated[Method, typer.Option(help="auto chooses by the adapter's kind.")] = Method.auto,
+    rank: RankOption = RANK,
+    threshold: Annotated[
+        float, typer.Option(help="A layer gets an update above this corrected similarity.")
+    ] = THRESHOLD,
+    output_format: Annotated[Format, typer.Option("--format", help="Form of the result.")] = Format.lora,
+    naming: NamingOption = Naming.keep,
+    dtype: DTypeOption = DType.keep,
+    report_file: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON.")] = None,
+    png_file: Annotated[Path | None, typer.Option("--png", help="Draw what each layer kept.")] = None,
+    device: DeviceOption = Device.auto,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if any layer gets no update.")] = False,
+) -> None:
+    """Move an adapter from its source base to a target base."""
+    base_s, base_t = open_base(source), open_base(target)
+    _check_outputs([output, report_file, png_file], base_s, base_t, adapter)
+    loaded = load_adapter(adapter, base_s)
+    with _bar("transferring") as progress:
+        result, report = move(
+            loaded,
+            base_s,
+            base_t,
+            method=method.value,
+            rank=rank,
+            threshold=threshold,
+            output_format=output_format.value,
+            device=_device(device),
+            strict=strict,
+            progress=progress,
+        )
+    provenance = {
+        "lorax_version": __version__,
+        "lorax_source": base_s.name,
+        "lorax_target": base_t.name,
+        "lorax_method": method.value,
+        "lorax_rank": str(rank),
+        "lorax_threshold": f"{threshold:g}",
+    }
+    save_adapter(result, output, naming=naming.value, dtype=_dtype(dtype), metadata=provenance)
+    if report_file:
+        write_bytes(report_file, json.dumps(report.to_json(), indent=1).encode())
+    if png_file:
+        write_bytes(png_file, _png(pictures.retained_picture(report)))
+    _print_report(report)
+
+
+@app.command()
+def convert(
+    adapter: AdapterFile,
+    to: Annotated[Format, typer.Option("--to", help="Form of the result.")],
+    output: OutputOption,
+    source: Annotated[Path | None, typer.Option("--source", help=f"Base that the adapter was made for. {BASE}")] = None,
+    rank: RankOption = RANK,
+    naming: NamingOption = Naming.keep,
+    dtype: DTypeOption = DType.keep,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Change the format of an adapter; its base stays the same."""
+    base = open_base(source) if source else None
+    _check_outputs([output], *([base] if base else []), adapter)
+    loaded = load_adapter(adapter, base)
+    with _bar("converting") as progress:
+        if to is Format.lora:
+            result = to_lora(loaded, base, device=_device(device), progress=progress)
+        elif base is None:
+            raise OptionError("a LoRA-X is made of its source base", "--source is missing", "give --source")
+        else:
+            result, shares = to_lora_x(loaded, base, rank=rank, device=_device(device), progress=progress)
+            kept = [share for share in shares.values() if math.isfinite(share)]
+            mean = sum(kept) / len(kept) if kept else math.nan
+            say.print(f"{len(shares)} layers, {mean:.0%} of the norm kept on average")
+            if mean < WEAK:
+                tell.print(
+                    "[yellow]warning[/]: little of an ordinary LoRA is a change of singular values; keep the LoRA too"
+                )
+    save_adapter(result, output, naming=naming.value, dtype=_dtype(dtype))
+    for key, why in result.unused.items():
+        say.print(f"not used: {printable(key)} ({why})", markup=False)
+
+
+def _print_similarity(result: Similarity) -> None:
+    table = Table("kind", "pairs", "left", "right", "corrected", "chance", box=None, title="layers of equal name")
+    for kind in result.kinds:
+        place = {layer.name: j for j, layer in enumerate(kind.targets)}
+        pairs = [(i, place[layer.name]) for i, layer in enumerate(kind.sources) if layer.name in place]
+        left, right = ([scores[i][j] for i, j in pairs] for scores in (kind.left, kind.right))
+        cells = [
+            [score.phi for score in left],
+            [score.phi for score in right],
+            [score.corrected for score in left + right],
+            [score.chance for score in left + right],
+        ]
+        table.add_row(kind.kind, str(len(pairs)), *(_mean(values) for values in cells))
+    say.print(table)
+
+
+def _print_report(report: TransferReport) -> None:
+    table = Table("kind of layer", "layers", "arrived", "similarity", "energy kept", box=None)
+    kinds: dict[str, list[Row]] = {}
+    for row in report.rows:
+        component, _, path = row.source.partition(".")
+        words = [part for part in path.split(".") if not part.isdigit()]
+        kinds.setdefault(f"{component} {'.'.join(words[-2:])}", []).append(row)
+    for kind, rows in kinds.items():
+        arrived = sum(row.target_norm > 0 for row in rows)
+        similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])
+        table.add_row(escape(printable(kind)), str(len(rows)), str(arrived), similar, kept)
+    say.print(table)
+    energy = report.retained_energy
+    kept = f"{energy:.0%} of the update's norm kept" if math.isfinite(energy) else "the update is zero"
+    say.print(f"{report.arrived} of {len(report.rows)} layers arrived, {kept}")
+    for row in report.rows:
+        if row.outcome == "kept unchanged":
+            say.print(f"kept unchanged: {row.source.partition('.')[0]} layers, {row.note}", markup=False)
+            break
+    for warning in report.warnings:
+        tell.print(f"[yellow]warning[/]: {escape(printable(warning))}")
+
+
+def _mean(values: list[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    return f"{sum(finite) / len(finite):.3f}" if finite else "-"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{key}: {entry}" for key, entry in cast("dict[Any, Any]", value).items()]
+    if isinstance(value, list):
+        value = ", ".join(map(str, cast("list[Any]", value)))
+    return escape(printable(f"{value:.4g}" if isinstance(value, float) else str(value)))
+
+
+def _check_outputs(outputs: list[Path | None], *given: Base | Path) -> None:
+    inputs = [file for item in given for file in (item.files if isinstance(item, Base) else [item])]
+    for path in filter(None, outputs):
+        check_output(path, inputs)
+
+
+def _device(device: Device) -> str:
+    if device is Device.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise OptionError("no CUDA device", "--device cuda", "use --device cpu")
+    return device.value
+
+
+def _dtype(dtype: DType) -> torch.dtype | None:
+    return None if dtype is DType.keep else getattr(torch, dtype.value)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@contextmanager
+def _bar(what: str) -> Generator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=tell, transient=True, disable=not tell.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total, _: bar.update(task, completed=done, total=total)
+
+
+def _interrupted(*_: object) -> None:
+    tell.print("interrupted")
+    raise SystemExit(130)
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0; 1 an error, in one line; 2 wrong usage; 130 interrupted."""
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        app()
+    except LoraxError as error:
+        tell.print(f"[red]error[/]: {escape(str(error))}")
+        sys.exit(1)

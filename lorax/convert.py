@@ -1,0 +1,82 @@
+"""Changing the format of an adapter; its base stays the same."""
+
+import math
+from collections.abc import Mapping
+
+from .adapters.model import Adapter, AdapterLayer, LoraLayer, LoraXLayer, expand
+from .base import Base
+from .errors import MismatchError
+from .linalg import decompose, norm
+from .progress import Progress, silent
+from .similarity import check_rank
+from .transfer import RANK
+
+
+def to_lora(
+    adapter: Adapter, source: Base | None = None, *, device: str = "cpu", progress: Progress = silent
+) -> Adapter:
+    """Write every LoRA-X layer as a LoRA: `delta_weight = U diag(delta) Vh` in factors. LoRA layers stay as they are.
+
+    Args:
+        adapter: The adapter.
+        source: The base that it was made for; only LoRA-X layers need it.
+        device: Where to compute.
+        progress: Called with (done, total, layer name).
+
+    Raises:
+        MismatchError: A LoRA-X layer without its own source base.
+    """
+    layers: dict[str, AdapterLayer] = {}
+    for done, (name, own) in enumerate(adapter.layers.items(), 1):
+        if isinstance(own, LoraXLayer):
+            B, A = expand(own, source, device)
+            own = LoraLayer(own.layer if source is None else source.layers[name], B.cpu(), A.cpu())
+        layers[name] = own
+        progress(done, len(adapter.layers), name)
+    return Adapter(adapter.name, adapter.family, adapter.naming, layers, adapter.unused, adapter.metadata)
+
+
+def to_lora_x(
+    adapter: Adapter, source: Base, *, rank: int = RANK, device: str = "cpu", progress: Progress = silent
+) -> tuple[Adapter, Mapping[str, float]]:
+    """Project an adapter on the LoRA-X adapters of its base: `delta_i = u_i^T delta_weight v_i`.
+
+    That is the closest LoRA-X in the Frobenius norm, as the `u_i v_i^T` are orthonormal. An ordinary LoRA keeps little
+    of itself; the shares tell how much.
+
+    Args:
+        adapter: The adapter, made for `source`.
+        source: Its base.
+        rank: Singular values that may move in each layer.
+        device: Where to compute.
+        progress: Called with (done, total, layer name).
+
+    Returns:
+        The LoRA-X adapter, and for each layer `||delta|| / ||delta_weight||_F`. A layer that `source` does not have, or
+        has in another size, is not in it but in `unused`.
+
+    Raises:
+        MismatchError: No layer belongs to `source`.
+        OptionError: `rank` is out of range.
+    """
+    check_rank(rank, source.layers.values())
+    layers: dict[str, AdapterLayer] = {}
+    shares: dict[str, float] = {}
+    unused = dict(adapter.unused)
+    for done, (name, own) in enumerate(adapter.layers.items(), 1):
+        layer = source.layers.get(name)
+        if layer is None or (isinstance(own, LoraLayer) and own.layer.matrix_shape != layer.matrix_shape):
+            unused[name] = "the source base has no such layer" if layer is None else "the source layer has another size"
+            continue
+        B, A = expand(own, source, device)
+        space = decompose(source.weight(name, device), rank)
+        delta = space.singular_change(B, A).cpu()
+        before = norm(B, A)
+        shares[name] = float(delta.double().norm()) / before if before else math.nan
+        layers[name] = LoraXLayer(layer, delta, source.fingerprint(name))
+        progress(done, len(adapter.layers), name)
+    if not layers:
+        made_for = adapter.family.label if adapter.family else "an unknown family"
+        got = f"{adapter.name} (made for {made_for}) and {source.name} ({source.family.label})"
+        raise MismatchError("the adapter does not belong to the source base", got, "give the base that it was made for")
+    return Adapter(adapter.name, source.family, adapter.naming, layers, unused, adapter.metadata), shares

@@ -1,0 +1,85 @@
+"""What a file is, read from no more of it than is needed."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .adapters import LoraLayer, load_adapter
+from .adapters.keys import parse
+from .base import open_base
+from .linalg import norm
+from .tensorfile import TensorFile
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describe an adapter or a base model as plain data.
+
+    Of a base only the header is read; of an adapter all, for its norms.
+
+    Args:
+        path: A safetensors file, or the folder of a diffusers pipeline.
+
+    Returns:
+        `kind` (`adapter` or `base`) and what there is to say about it.
+
+    Raises:
+        FileError: The file is missing or damaged.
+        FormatError: It is neither.
+        NumericsError: An adapter holds NaN or Inf.
+    """
+    path = Path(path)
+    if path.is_file() and any(parse(key) for key in TensorFile(path).entries):
+        return _adapter(path)
+    return _base(path)
+
+
+def _base(path: Path) -> dict[str, Any]:
+    base = open_base(path)
+    layers = Counter(layer.kind for layer in base.layers.values())
+    return {
+        "kind": "base",
+        "file": base.name,
+        "family": base.family.name,
+        "family_label": base.family.label,
+        "naming": base.naming,
+        "components": base.components,
+        "parameters": base.parameters,
+        "dtypes": dict(base.dtypes),
+        "layers": len(base.layers),
+        "layers_by_kind": dict(sorted(layers.items())),
+    }
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    adapter = load_adapter(path)
+    rows: list[dict[str, Any]] = []
+    for name, own in adapter.layers.items():
+        is_lora = isinstance(own, LoraLayer)
+        rows.append(
+            {
+                "layer": name,
+                "shape": list(own.layer.shape),
+                "rank": own.rank,
+                "alpha": own.alpha if is_lora else None,
+                "norm": norm(*own.factors()) if is_lora else float(own.delta.double().norm()),
+                "dtype": str(own.dtype).removeprefix("torch."),
+            }
+        )
+    return {
+        "kind": "adapter",
+        "file": adapter.name,
+        "format": adapter.kind,
+        "naming": adapter.naming,
+        "family": adapter.family.name if adapter.family else None,
+        "family_label": adapter.family.label if adapter.family else "unknown",
+        "layers": len(rows),
+        "layers_by_component": dict(Counter(own.layer.component for own in adapter.layers.values())),
+        "ranks": dict(sorted(adapter.ranks.items())),
+        "alphas": dict(Counter("none" if row["alpha"] is None else f"{row['alpha']:g}" for row in rows)),
+        "dtypes": dict(Counter(row["dtype"] for row in rows)),
+        "norm": sum(row["norm"] ** 2 for row in rows) ** 0.5,
+        "rows": rows,
+        "unused": dict(adapter.unused),
+        "metadata": dict(adapter.metadata),
+    }

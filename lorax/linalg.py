@@ -1,0 +1,96 @@
+"""The linear algebra: singular subspaces, maps between them, and products of two thin factors.
+
+Letters as in the method: a weight `W` is `[m, n]`; `U [m, r]`, `S [r]`, `Vh [r, n]` are its `r` leading singular
+triplets. A low-rank update is a pair of factors `B [m, k]`, `A [k, n]` and stays one: no `[m, n]` product is formed.
+Everything works on CPU and CUDA and is deterministic.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import OptionError
+
+# Singular values below this share of the first are noise: a Gram matrix in float64 carries them squared, with an error
+# of eps = 2.2e-16, so it resolves down to about sqrt(eps * size) = 5e-7.
+RESOLUTION = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Subspace:
+    """The leading singular triplets of a weight: `U [m, r]`, `S [r]` (falling), `Vh [r, n]`, all float32."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The number of triplets `r`."""
+        return self.S.numel()
+
+    def singular_change(self, B: Tensor, A: Tensor) -> Tensor:
+        """Return `delta [r]`, `delta_i = u_i^T (B A) v_i`: of all `U diag(delta) Vh` the one closest to `B A`."""
+        return ((self.U.T @ B) * (A @ self.Vh.T).T).sum(1)
+
+
+def decompose(weight: Tensor, rank: int) -> Subspace:
+    """Compute the leading singular triplets, exactly, through the smaller Gram matrix in float64.
+
+    `W W^T = U S^2 U^T`, `Vh = S^-1 U^T W` (the mirror for `m > n`). The sign of a pair is fixed: the entry of `u_i`
+    that is largest in size is positive.
+
+    Args:
+        weight: `[m, n]`, any floating dtype, finite.
+        rank: The most triplets wanted. Fewer come back where the weight has fewer: `min(m, n)`, or its numerical rank,
+            `#{S > S[0] * RESOLUTION}`.
+
+    Returns:
+        The triplets in float32 on the device of `weight`.
+
+    Raises:
+        OptionError: `rank` is below 1.
+    """
+    if rank < 1:
+        raise OptionError("a rank is at least 1", str(rank), "give a whole number from 1, for example 320")
+    wide = weight.shape[0] <= weight.shape[1]
+    matrix = (weight if wide else weight.T).double()
+    energy, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    S, near = energy.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+    keep = min(rank, int((S[0] * RESOLUTION < S).sum()))
+    S, near = S[:keep], near[:, :keep]
+    far = (matrix.T @ near) / S
+    U, V = (near, far) if wide else (far, near)
+    signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+    return Subspace((U * signs).float(), S.float(), (V * signs).T.contiguous().float())
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """Return the orthogonal polar factor of a square matrix, the solution of `argmin_R ||X R - Y||_F` for `X^T Y`."""
+    U, _, Vh = torch.linalg.svd(matrix.double())
+    return (U @ Vh).to(matrix.dtype)
+
+
+def norm(B: Tensor, A: Tensor) -> float:
+    """Return `||B A||_F` from the `[k, k]` Gram matrices: `||B A||^2 = <B^T B, A A^T>`, in float64."""
+    B, A = B.double(), A.double()
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+
+
+def recompress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best factors of a given rank for `B A`, by two thin QR and a small SVD (Eckart-Young).
+
+    Args:
+        B: `[m, k]`.
+        A: `[k, n]`.
+        rank: The rank of the result, at most `k`.
+
+    Returns:
+        `B' [m, rank]`, `A' [rank, n]` in the dtype of the input, the singular values shared evenly by both.
+    """
+    left, R = torch.linalg.qr(B.double())
+    right, L = torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(R @ L.T, full_matrices=False)
+    root = S[:rank].sqrt()
+    return ((left @ U[:, :rank]) * root).to(B.dtype), (root[:, None] * (Vh[:rank] @ right.T)).to(A.dtype)

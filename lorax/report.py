@@ -1,0 +1,202 @@
+"""Reports: one row for every layer, and the JSON that other programs read (`report.schema.json`)."""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from .similarity import Score, Similarity
+
+SCHEMA_VERSION = 1
+# Below this share of the update's norm the user sees little of the adapter. The ICLR 2025 paper (table 2) loses 10 to
+# 28 % of its score with updates that keep about a quarter; one half is where we start to warn.
+WEAK = 0.5
+
+
+class Outcome(StrEnum):
+    """What became of one layer of an adapter."""
+
+    TRANSFERRED = "transferred"
+    KEPT = "kept unchanged"
+    BELOW_THRESHOLD = "below threshold"
+    NO_SOURCE_LAYER = "not in source"
+    NO_TARGET_LAYER = "not in target"
+    SHAPE_MISMATCH = "shape mismatch"
+
+
+ARRIVED = (Outcome.TRANSFERRED, Outcome.KEPT)
+
+BOTH_RESIZED = "both sides change size: matched by index, the weakest kind"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One layer: where it came from and went to, how similar the two are, and how much of the update arrived.
+
+    Attributes:
+        source: Layer name in the adapter and its source base.
+        target: Layer name in the target; empty where there is none.
+        outcome: What became of it.
+        method: The method that was used; empty where nothing was done.
+        rank: The rank of the subspaces that were used; 0 where none were.
+        left: Similarity of the two layers on the output side; None where it was not computed.
+        right: The same on the input side.
+        source_norm: `||delta_weight||_F` before.
+        target_norm: `||delta_weight||_F` after.
+        note: What else to know, in words.
+    """
+
+    source: str
+    target: str
+    outcome: Outcome
+    method: str = ""
+    rank: int = 0
+    left: Score | None = None
+    right: Score | None = None
+    source_norm: float = 0.0
+    target_norm: float = 0.0
+    note: str = ""
+
+    @property
+    def corrected(self) -> float:
+        """The lower of the two corrected similarities: an update passes both sides. NaN where there is none."""
+        values = [s.corrected for s in (self.left, self.right) if s is not None and not math.isnan(s.corrected)]
+        return min(values, default=math.nan)
+
+    @property
+    def retained_energy(self) -> float:
+        """`||delta_weight after||_F / ||delta_weight before||_F`; NaN for an update of zero."""
+        return self.target_norm / self.source_norm if self.source_norm else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as plain data, NaN as None."""
+        return {
+            "source": self.source,
+            "target": self.target,
+            "outcome": str(self.outcome),
+            "method": self.method,
+            "rank": self.rank,
+            "left": _score(self.left),
+            "right": _score(self.right),
+            "corrected": _number(self.corrected),
+            "retained_energy": _number(self.retained_energy),
+            "source_norm": self.source_norm,
+            "target_norm": self.target_norm,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """What a transfer did: a row for every layer of the adapter, and what the file held beyond its layers."""
+
+    adapter: str
+    source: str
+    target: str
+    method: str
+    rank: int
+    threshold: float
+    rows: list[Row] = field(default_factory=list[Row])
+    unused: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def outcomes(self) -> Counter[Outcome]:
+        """How many layers had each outcome."""
+        return Counter(row.outcome for row in self.rows)
+
+    @property
+    def arrived(self) -> int:
+        """How many layers the result has: transferred or kept unchanged."""
+        return sum(self.outcomes[outcome] for outcome in ARRIVED)
+
+    @property
+    def retained_energy(self) -> float:
+        """`||all updates after||_F / ||all updates before||_F`, over every row; what did not arrive counts as lost."""
+        before = math.sqrt(sum(row.source_norm**2 for row in self.rows))
+        after = math.sqrt(sum(row.target_norm**2 for row in self.rows))
+        return after / before if before else math.nan
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know and do, in words; empty when all is well."""
+        found: list[str] = []
+        retained = self.retained_energy
+        if retained < WEAK:
+            advice = "copy" if any(row.method not in ("copy", "") for row in self.rows) else "a related target"
+            strength = min(1 / retained, 4.0) if retained else 4.0
+            found.append(
+                f"weak effect: only {retained:.0%} of the update's norm arrives; try "
+                + ("--method copy, a higher --rank" if advice == "copy" else advice)
+                + f", or a strength of about {strength:.1f}"
+            )
+        missing = len(self.rows) - self.arrived
+        if missing:
+            reasons = ", ".join(
+                f"{count} {outcome}" for outcome, count in self.outcomes.most_common() if outcome not in ARRIVED
+            )
+            found.append(f"{missing} of {len(self.rows)} layers get no update: {reasons}")
+        weakest = sum(row.note == BOTH_RESIZED for row in self.rows)
+        if weakest:
+            found.append(f"{weakest} layers change both sizes, the weakest kind of transfer: check the pictures")
+        if self.unused:
+            key, why = next(iter(self.unused.items()))
+            found.append(f"{len(self.unused)} tensors of the file are not used, the first {key}: {why}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain data, valid by `report.schema.json`."""
+        return {
+            "schema": "lorax-transfer",
+            "schema_version": SCHEMA_VERSION,
+            "adapter": self.adapter,
+            "source": self.source,
+            "target": self.target,
+            "method": self.method,
+            "rank": self.rank,
+            "threshold": self.threshold,
+            "layers": len(self.rows),
+            "arrived": self.arrived,
+            "outcomes": {str(outcome): count for outcome, count in self.outcomes.items()},
+            "retained_energy": _number(self.retained_energy),
+            "warnings": self.warnings,
+            "rows": [row.to_json() for row in self.rows],
+            "unused": self.unused,
+        }
+
+
+def similarity_json(similarity: Similarity) -> dict[str, Any]:
+    """Return a similarity as plain data, valid by `report.schema.json`: for each kind the matrices of all pairs."""
+
+    def matrix(scores: list[list[Score]], value: str) -> list[list[float | None]]:
+        return [[_number(getattr(score, value)) for score in line] for line in scores]
+
+    return {
+        "schema": "lorax-similarity",
+        "schema_version": SCHEMA_VERSION,
+        "source": similarity.source,
+        "target": similarity.target,
+        "rank": similarity.rank,
+        "kinds": [
+            {
+                "kind": kind.kind,
+                "sources": [layer.name for layer in kind.sources],
+                "targets": [layer.name for layer in kind.targets],
+                **{
+                    side: {value: matrix(scores, value) for value in ("phi", "chance", "corrected")}
+                    for side, scores in (("left", kind.left), ("right", kind.right))
+                },
+            }
+            for kind in similarity.kinds
+        ],
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _score(score: Score | None) -> dict[str, float | None] | None:
+    if score is None:
+        return None
+    return {**{key: _number(value) for key, value in asdict(score).items()}, "corrected": _number(score.corrected)}

@@ -1,0 +1,149 @@
+"""Safetensors files: opened lazily, read one tensor at a time, written whole or not at all."""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import FileError, OutputError
+
+# The file is mapped, and pages that were read stay resident until it is unmapped: reopen after this many bytes.
+REMAP_BYTES = 256 * 2**20
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+ADVICE = "download or export it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file as its header describes it: shape and dtype name (`F16`, `F32`, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorFile:
+    """A safetensors file of which only the header is read until a tensor is asked for.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileError: The file is missing, empty, truncated, a pickle, or not safetensors.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        _refuse_other_kinds(self.path)
+        self._read = 0
+        self._open()
+        self.metadata: dict[str, str] = dict(self._handle.metadata() or {})
+        self.entries: dict[str, Entry] = {}
+        for key in sorted(self._handle.keys(), key=_natural):
+            part = self._handle.get_slice(key)
+            self.entries[key] = Entry(tuple(part.get_shape()), str(part.get_dtype()))
+
+    def _open(self) -> None:
+        try:
+            self._handle = safe_open(str(self.path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise FileError("damaged safetensors file", f"{self.path}: {error}", ADVICE) from error
+
+    def tensor(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return a copy of one tensor, or of its rows `[start, stop)`, in the dtype of the file.
+
+        Raises:
+            FileError: The data cannot be read.
+        """
+        if self._read > REMAP_BYTES:
+            self._open()
+            self._read = 0
+        try:
+            found = self._handle.get_tensor(key) if rows is None else self._handle.get_slice(key)[rows[0] : rows[1]]
+        except (SafetensorError, OSError) as error:
+            raise FileError("cannot read a tensor", f"{key} in {self.path}: {error}", ADVICE) from error
+        self._read += found.numel() * found.element_size()
+        return found.clone()
+
+
+def _natural(key: str) -> list[str | int]:
+    """Sort numbers by value: `blocks.2` before `blocks.10`. The order in which the file lists its keys is not fixed."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            start = handle.read(8)
+    except OSError as error:
+        raise FileError("cannot open a file", f"{path}: {error.strerror}", "check the path") from error
+    if start.startswith(PICKLE_STARTS):
+        raise FileError("pickle files are never read, they can run code", str(path), "convert it to safetensors first")
+    length = int.from_bytes(start, "little")
+    if len(start) < 8:
+        raise FileError("not a safetensors file", f"{path} has {size} bytes", ADVICE)
+    if length > size - 8:
+        raise FileError("truncated, or not a safetensors file", f"{path}: header of {length} in {size} bytes", ADVICE)
+
+
+def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
+    """Check, before any work is done, that `path` can be written and is none of `inputs`.
+
+    Returns:
+        The path.
+
+    Raises:
+        OutputError: It is an input, a folder, or its folder is missing or not writable.
+    """
+    out = Path(path)
+    if any(out.exists() and given.exists() and out.samefile(given) for given in inputs):
+        raise OutputError("the output is one of the inputs", str(out), "choose another name")
+    if out.is_dir():
+        raise OutputError("the output is a folder", str(out), "give a file name")
+    if not out.parent.is_dir():
+        raise OutputError("the output's folder does not exist", str(out.parent), "create it first")
+    if not os.access(out.parent, os.W_OK):
+        raise OutputError("the output's folder cannot be written", str(out.parent), "choose another folder")
+    return out
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to a temporary name beside `path`, then rename: whole or not at all.
+
+    Raises:
+        OutputError: The disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("xb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        fix = "free space or choose another folder"
+        raise OutputError("cannot write the output", f"{path}: {error.strerror}", fix) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file as bytes; the same input always gives the same bytes.
+
+    The library writes the metadata in random order, so the header is put in order here.
+    """
+    content = save({key: tensors[key].contiguous().to("cpu") for key in sorted(tensors)}, dict(metadata))
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
