@@ -2,7 +2,7 @@
 
 from .adapters import Adapter, LoraLayer, LoraXLayer, load_adapter, save_adapter
 from .base import Base, open_base
-from .convert import to_lora, to_lora_x
+from .convert import convert_to_lora, convert_to_lora_x
 from .errors import (
     FileError,
     FormatError,
@@ -14,8 +14,8 @@ from .errors import (
 )
 from .layers import Layer, LayerTable
 from .report import Outcome, Row, TransferReport, similarity_json
-from .similarity import Score, Similarity, pair_scores, similarity
-from .transfer import transfer
+from .similarity import Score, Similarity, compare_bases, pair_scores
+from .transfer import transfer_adapter
 
 __version__ = "0.1.0"
 
@@ -38,13 +38,13 @@ __all__ = [
     "Score",
     "Similarity",
     "TransferReport",
+    "compare_bases",
+    "convert_to_lora",
+    "convert_to_lora_x",
     "load_adapter",
     "open_base",
     "pair_scores",
     "save_adapter",
-    "similarity",
     "similarity_json",
-    "to_lora",
-    "to_lora_x",
-    "transfer",
+    "transfer_adapter",
 ]

@@ -23,16 +23,14 @@ from rich.table import Table
 from . import __version__, pictures
 from .adapters import load_adapter, save_adapter
 from .base import Base, open_base
-from .convert import to_lora, to_lora_x
+from .convert import convert_to_lora, convert_to_lora_x
 from .errors import LoraxError, OptionError, printable
 from .inspect import describe
 from .progress import Progress
 from .report import WEAK, Row, TransferReport, similarity_json
-from .similarity import Similarity
-from .similarity import similarity as compare
+from .similarity import Similarity, compare_bases
 from .tensorfile import check_output, write_bytes
-from .transfer import RANK, THRESHOLD
-from .transfer import transfer as move
+from .transfer import RANK, THRESHOLD, transfer_adapter
 
 app = typer.Typer(
     help="Move adapters (LoRA, LoRA-X) between diffusion base models, without training and without data.",
@@ -142,7 +140,7 @@ def similarity(
     base_s, base_t = open_base(source), open_base(target)
     _check_outputs([json_file, png_file], base_s, base_t)
     with _bar("comparing") as progress:
-        result = compare(
+        result = compare_bases(
             base_s,
             base_t,
             rank=None if rank == "full" else int(rank),
@@ -181,7 +179,7 @@ def transfer(
     _check_outputs([output, report_file, png_file], base_s, base_t, adapter)
     loaded = load_adapter(adapter, base_s)
     with _bar("transferring") as progress:
-        result, report = move(
+        result, report = transfer_adapter(
             loaded,
             base_s,
             base_t,
@@ -226,11 +224,11 @@ def convert(
     loaded = load_adapter(adapter, base)
     with _bar("converting") as progress:
         if to is Format.lora:
-            result = to_lora(loaded, base, device=_device(device), progress=progress)
+            result = convert_to_lora(loaded, base, device=_device(device), progress=progress)
         elif base is None:
             raise OptionError("a LoRA-X is made of its source base", "--source is missing", "give --source")
         else:
-            result, shares = to_lora_x(loaded, base, rank=rank, device=_device(device), progress=progress)
+            result, shares = convert_to_lora_x(loaded, base, rank=rank, device=_device(device), progress=progress)
             kept = [share for share in shares.values() if math.isfinite(share)]
             mean = sum(kept) / len(kept) if kept else math.nan
             say.print(f"{len(shares)} layers, {mean:.0%} of the norm kept on average")

@@ -12,7 +12,7 @@ from .similarity import check_rank
 from .transfer import RANK
 
 
-def to_lora(
+def convert_to_lora(
     adapter: Adapter, source: Base | None = None, *, device: str = "cpu", progress: Progress = silent
 ) -> Adapter:
     """Write every LoRA-X layer as a LoRA: `delta_weight = U diag(delta) Vh` in factors. LoRA layers stay as they are.
@@ -36,7 +36,7 @@ def to_lora(
     return Adapter(adapter.name, adapter.family, adapter.naming, layers, adapter.unused, adapter.metadata)
 
 
-def to_lora_x(
+def convert_to_lora_x(
     adapter: Adapter, source: Base, *, rank: int = RANK, device: str = "cpu", progress: Progress = silent
 ) -> tuple[Adapter, Mapping[str, float]]:
     """Project an adapter on the LoRA-X adapters of its base: `delta_i = u_i^T delta_weight v_i`.

@@ -106,7 +106,7 @@ class Similarity:
     kinds: list[KindSimilarity] = field(default_factory=list[KindSimilarity])
 
 
-def similarity(
+def compare_bases(
     source: Base,
     target: Base,
     *,

@@ -139,7 +139,9 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
 
     The library writes the metadata in random order, so the header is put in order here.
     """
-    content = save({key: tensors[key].contiguous().to("cpu") for key in sorted(tensors)}, dict(metadata))
+    content = save(
+        {key: tensors[key].detach().to("cpu").contiguous().clone() for key in sorted(tensors)}, dict(metadata)
+    )
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     if "__metadata__" in header:

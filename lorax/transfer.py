@@ -22,7 +22,7 @@ RANK = 320
 THRESHOLD = 0.0
 
 
-def transfer(
+def transfer_adapter(
     adapter: Adapter,
     source: Base,
     target: Base,

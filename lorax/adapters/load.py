@@ -61,7 +61,9 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None) -> Adap
         got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}"
         raise FormatError("no LoRA and no LoRA-X in the file", got, "give an adapter file")
     shapes = {module: _shape(file, keys) for module, keys in complete.items()}
-    family = base.family if base is not None and naming == "lora-x" else _family(shapes, naming)
+    if naming == "indexed":
+        _check_indexed(file)
+    family = _family(shapes, naming, base)
     alpha_of = _configured_alpha(file)
     fingerprints = _fingerprints(file) if naming == "lora-x" else {}
     layers: dict[str, AdapterLayer] = {}
@@ -93,16 +95,32 @@ def _shape(file: TensorFile, keys: Mapping[str, str]) -> tuple[int, ...]:
     return (*file.entries[keys["up"]].shape[:1], *file.entries[keys["down"]].shape[1:])
 
 
-def _family(shapes: Mapping[tuple[str, str], tuple[int, ...]], naming: str) -> Family | None:
-    def fitting(family: Family) -> int:
-        found = (_find(module, family, naming) for module in shapes)
+def _family(shapes: Mapping[tuple[str, str], tuple[int, ...]], naming: str, base: Base | None) -> Family | None:
+    """Return the family whose layers fit best by name and size; that of `base` where none fits better."""
+
+    def fitting(find: Callable[[tuple[str, str]], Layer | None]) -> int:
+        found = ((find(module), shape) for module, shape in shapes.items())
         return sum(
             layer is not None and (not shape or layer.matrix_shape == Layer("", shape).matrix_shape)
-            for layer, shape in zip(found, shapes.values(), strict=True)
+            for layer, shape in found
         )
 
-    best = max(families().values(), key=fitting)
-    return best if fitting(best) else None
+    fits = {family: fitting(lambda module, f=family: _find(module, f, naming)) for family in families().values()}
+    best = max(fits, key=lambda family: fits[family])
+    if base is not None and naming != "indexed" and fitting(lambda module: base.layers.find(*module)) >= fits[best]:
+        return base.family
+    return best if fits[best] else None
+
+
+def _check_indexed(file: TensorFile) -> None:
+    """Refuse indices that count other layers than those whose order is known."""
+    known = {"unet": {"CrossAttention", "Attention", "GEGLU"}, "text_encoder": {"CLIPAttention"}}
+    for component, classes in known.items():
+        named = set(re.findall(r"\w+", file.metadata.get(component, "")))
+        if named - classes:
+            got = f"{file.path} counts {', '.join(sorted(named))}"
+            fix = f"convert it with the program that made it; known are {', '.join(sorted(classes))}"
+            raise FormatError("an indexed LoRA over layers of unknown order", got, fix)
 
 
 def _find(module: tuple[str, str], family: Family, naming: str) -> Layer | None:

@@ -1,0 +1,72 @@
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from demo.synthetic import base_tensors
+from lorax import Base, open_base
+from lorax.families import Family, families
+from lorax.unet import UNetConfig
+
+SMALL = UNetConfig(
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    transformer_depth=(1, 1),
+    transformer_depth_middle=1,
+    context_dim=768,
+)
+SHARED = Path(os.environ.get("LORAX_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def small_family(**unet: object) -> Family:
+    """SD 1.x with a narrow U-Net and a text encoder of two layers."""
+    family = families()["sd1"]
+    encoders = tuple(replace(encoder, width=64, depth=2) for encoder in family.text_encoders)
+    return replace(family, unet=replace(SMALL, **unet), text_encoders=encoders)
+
+
+def small_base(path: Path, seed: int = 1, change: float = 0.0, text: bool = True, **unet: object) -> Base:
+    tensors = base_tensors(small_family(**unet), seed, change=change, dtype=torch.float32, text_encoders=text)
+    save_file(tensors, path)
+    return open_base(path)
+
+
+def lora_tensors(base: Base, rank: int = 4, seed: int = 0, alpha: float = 2.0) -> dict[str, torch.Tensor]:
+    """A LoRA in kohya naming for every attention layer and every 3x3 convolution of a base."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in base.layers.values():
+        if layer.is_attention or layer.kind in ("conv1", "ff.net.proj", "proj_in"):
+            prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[layer.component]
+            module = prefix + layer.path.replace(".", "_")
+            tail = (1,) * len(layer.shape[2:])
+            up = torch.randn(layer.shape[0], rank, *tail, generator=generator)
+            tensors[f"{module}.lora_up.weight"] = up
+            tensors[f"{module}.lora_down.weight"] = torch.randn(rank, *layer.shape[1:], generator=generator)
+            tensors[f"{module}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Base]:
+    folder = tmp_path_factory.mktemp("bases")
+    return small_base(folder / "source.safetensors"), small_base(folder / "target.safetensors", change=0.2)
+
+
+@pytest.fixture(scope="session")
+def lora_file(bases: tuple[Base, Base], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("adapters") / "style.safetensors"
+    save_file(lora_tensors(bases[0]), path, {"ss_tag_frequency": "kept"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def published() -> list[Path]:
+    files = sorted((SHARED / "data" / "loras").glob("*.safetensors"))
+    if not files:
+        pytest.skip(f"the published LoRA files are not at {SHARED} (set LORAX_SHARED)")
+    return files

@@ -1,0 +1,102 @@
+"""The linear algebra against torch.linalg.svd in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from lorax import OptionError
+from lorax.linalg import decompose, norm, polar, recompress
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_spectrum(m, n, values, seed=0):
+    p = len(values)
+    U, V = (torch.linalg.qr(randn(size, p, seed=seed + i))[0] for i, size in enumerate((m, n)))
+    return (U * torch.as_tensor(values, dtype=torch.float64)) @ V.T
+
+
+CASES = {
+    "wide": with_spectrum(40, 90, [i**-0.5 for i in range(1, 41)]),
+    "tall": with_spectrum(90, 40, [i**-0.5 for i in range(1, 41)]),
+    "low rank plus noise": with_spectrum(60, 60, [1.0] * 5 + [1e-3] * 55),
+    "repeated values": with_spectrum(50, 50, [2.0] * 10 + [1.0] * 10 + [0.1] * 30),
+    "flat": torch.linalg.qr(randn(48, 48))[0],
+    "one row": randn(1, 30),
+    "convolution": with_spectrum(32, 288, [i**-1.0 for i in range(1, 33)]),
+}
+
+
+@pytest.mark.parametrize("weight", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_leading_triplets_agree_with_torch_svd(weight, dtype):
+    weight = weight.to(dtype)
+    exact = torch.linalg.svd(weight.double(), full_matrices=False)
+    for rank in (1, min(weight.shape) // 2 + 1, min(weight.shape)):
+        space = decompose(weight, rank)
+        assert space.U.dtype == torch.float32
+        torch.testing.assert_close(space.S.double(), exact.S[: space.rank], rtol=1e-5, atol=1e-6)
+        for basis in (space.U.T, space.Vh):
+            torch.testing.assert_close(basis @ basis.T, torch.eye(space.rank), rtol=0, atol=2e-5)
+        # The triplets belong together: W v_i = s_i u_i, also where singular values repeat and vectors are not unique.
+        torch.testing.assert_close(weight.float() @ space.Vh.T, space.U * space.S, rtol=0, atol=1e-5)
+
+
+def test_projector_agrees_with_torch_svd_where_there_is_a_gap():
+    weight = with_spectrum(80, 120, [1.0] * 20 + [0.5] * 60)
+    U = torch.linalg.svd(weight, full_matrices=False).U[:, :20]
+    ours = decompose(weight.float(), 20).U
+    torch.testing.assert_close((ours @ ours.T).double(), U @ U.T, rtol=0, atol=1e-5)
+
+
+def test_a_weight_of_lower_rank_gives_fewer_triplets():
+    assert decompose(with_spectrum(40, 60, [3, 2, 1]).float(), 3).rank == 3
+    dead = torch.zeros(8, 8)
+    dead[0, 0] = 1
+    assert decompose(dead, 5).rank == 1
+    assert decompose(torch.zeros(4, 6), 4).rank == 0
+
+
+def test_sign_rule():
+    for seed in range(10):
+        U = decompose(randn(20, 30, seed=seed).float(), 20).U
+        assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_deterministic_and_input_unchanged():
+    weight = randn(64, 96).float()
+    before = weight.clone()
+    first, second = decompose(weight, 32), decompose(weight, 32)
+    assert torch.equal(first.U, second.U)
+    assert torch.equal(first.Vh, second.Vh)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("rank", [0, -3])
+def test_rank_below_one_is_refused(rank):
+    with pytest.raises(OptionError, match="at least 1"):
+        decompose(torch.eye(3), rank)
+
+
+def test_norm_of_factors():
+    B, A = randn(30, 4), randn(4, 50)
+    assert norm(B, A) == pytest.approx(float(np.linalg.norm((B @ A).numpy())), rel=1e-12)
+    assert norm(torch.zeros(30, 4), A) == 0
+
+
+def test_recompress_is_the_best_approximation():
+    B, A = randn(30, 8), randn(8, 50)
+    dense = B @ A
+    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+    for rank in (3, 8):
+        up, down = recompress(B, A, rank)
+        assert up.shape == (30, rank)
+        assert down.shape == (rank, 50)
+        torch.testing.assert_close(up @ down, (U[:, :rank] * S[:rank]) @ Vh[:rank], rtol=0, atol=1e-10)
+
+
+def test_polar_solves_procrustes():
+    X, Q = randn(40, 12), torch.linalg.qr(randn(12, 12, seed=3))[0]
+    torch.testing.assert_close(polar(X.T @ (X @ Q)), Q, rtol=0, atol=1e-10)

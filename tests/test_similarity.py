@@ -1,0 +1,147 @@
+"""Phi against the published formula, its laws, and its chance level."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lorax
+from lorax import MismatchError, NumericsError, OptionError
+from lorax.similarity import Score, compare_bases, pair_scores
+from tests.conftest import small_base
+
+
+def weight(m, n, seed):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+def phi_by_singular_vectors(A, B, side, rank=None):
+    """`sum_ij l_i l'_j <u_i, u'_j>^2 / (||l|| ||l'||)` with `l = S^2`, in float64: method section 3."""
+    spaces = []
+    for matrix in (A.double(), B.double()):
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        spaces.append(((U if side == 0 else Vh.T)[:, :rank], S[:rank] ** 2))
+    (u, lu), (v, lv) = spaces
+    return float(lu @ (u.T @ v).square() @ lv / (lu.norm() * lv.norm()))
+
+
+sizes = st.tuples(st.integers(2, 20), st.integers(2, 20))
+
+
+@given(sizes, st.integers(0, 10**6), st.sampled_from([None, 1, 2]))
+@settings(deadline=None)
+def test_equals_the_published_formula(size, seed, rank):
+    A, B = weight(*size, seed), weight(*size, seed + 1)
+    for side, score in enumerate(pair_scores(A, B, rank)):
+        assert score.phi == pytest.approx(phi_by_singular_vectors(A, B, side, rank), abs=1e-5)
+
+
+@given(sizes, st.integers(0, 10**6), st.floats(1e-2, 1e2))
+@settings(deadline=None)
+def test_laws(size, seed, scale):
+    A, B = weight(*size, seed), weight(*size, seed + 1)
+    here, there, scaled = pair_scores(A, B), pair_scores(B, A), pair_scores(A * scale, B)
+    Q = torch.linalg.qr(weight(size[1], size[1], seed + 2).double())[0].float()
+    turned = pair_scores(A @ Q, B)
+    for side in (0, 1):
+        assert -1e-6 <= here[side].phi <= 1 + 1e-5
+        assert here[side].phi == pytest.approx(there[side].phi, abs=1e-5)
+        assert here[side].phi == pytest.approx(scaled[side].phi, abs=1e-5)
+    assert here[0].phi == pytest.approx(turned[0].phi, abs=1e-5)  # a rotation of the inputs leaves the outputs alone
+    for score in pair_scores(A, A):
+        assert score.phi == pytest.approx(1, abs=1e-5)
+        assert math.isnan(score.corrected) or score.corrected == pytest.approx(1, abs=1e-3)
+
+
+def test_chance_level_is_what_unrelated_weights_score():
+    for shape in ((200, 200), (200, 300)):
+        scores = [pair_scores(weight(*shape, 2 * i), weight(*shape, 2 * i + 1)) for i in range(5)]
+        for side in (0, 1):
+            mean = sum(pair[side].phi for pair in scores) / 5
+            assert mean == pytest.approx(scores[0][side].chance, abs=0.01)
+            assert abs(sum(pair[side].corrected for pair in scores) / 5) < 0.02
+    square = pair_scores(weight(400, 400, 1), weight(400, 400, 2))[0]
+    assert square.chance == pytest.approx(0.5, abs=0.01)  # method section 3: square Gaussian weights
+
+
+def test_no_score_where_there_is_none():
+    left, right = pair_scores(weight(4, 6, 1), weight(5, 6, 2))
+    assert math.isnan(left.phi)
+    assert not math.isnan(right.phi)
+    assert math.isnan(pair_scores(torch.zeros(4, 4), weight(4, 4, 1))[0].phi)
+    assert math.isnan(Score(1.0, 1.0).corrected)
+
+
+def test_all_pairs_of_two_bases(bases, monkeypatch):
+    source, target = bases
+    whole = compare_bases(source, target, attention_only=False)
+    # Small budgets and Gram limits take the other two paths: sources in several portions, products instead of Grams.
+    monkeypatch.setattr("lorax.similarity.BUDGET_BYTES", 1)
+    monkeypatch.setattr("lorax.similarity.GRAM_LIMIT", 40)
+    again = compare_bases(source, target, attention_only=False)
+    kinds = {layer.kind for layer in source.layers.values()}
+    assert {kind.kind.split(":")[1] for kind in whole.kinds} == kinds
+    for kind, other in zip(whole.kinds, again.kinds, strict=True):
+        for i, layer_s in enumerate(kind.sources):
+            for j, layer_t in enumerate(kind.targets):
+                W_s, W_t = source.weight(layer_s.name), target.weight(layer_t.name)
+                for side, scores in enumerate((kind.left, kind.right)):
+                    score = scores[i][j]
+                    if W_s.shape[side] != W_t.shape[side]:
+                        assert math.isnan(score.phi)
+                        continue
+                    assert score.phi == pytest.approx(phi_by_singular_vectors(W_s, W_t, side), rel=1e-4)
+                    assert (other.left, other.right)[side][i][j].phi == pytest.approx(score.phi, rel=1e-4)
+
+
+def test_paired_layers_score_above_all_others(bases):
+    for kind in compare_bases(*bases).kinds:
+        for i, line in enumerate(kind.right):
+            assert max(range(len(line)), key=lambda j: -1 if math.isnan(line[j].phi) else line[j].phi) == i
+
+
+def test_progress_ends_at_the_total(bases):
+    seen = []
+    compare_bases(*bases, progress=lambda done, total, what: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_progress_can_stop_the_work(bases):
+    class Stop(Exception): ...
+
+    def stop(*_):
+        raise Stop
+
+    with pytest.raises(Stop):
+        compare_bases(*bases, progress=stop)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 10**6])
+def test_rank_out_of_range(bases, rank):
+    with pytest.raises(OptionError, match="out of range"):
+        compare_bases(*bases, rank=rank)
+
+
+def test_nan_in_a_base_is_named(tmp_path, bases):
+    def read(layer):
+        found = bases[1].read(layer)
+        return found * float("nan") if layer.name.endswith("attn1.to_q") else found
+
+    broken = lorax.Base("broken", bases[1].family, bases[1].layers, read)
+    with pytest.raises(NumericsError, match=r"attn1\.to_q in broken"):
+        compare_bases(bases[0], broken)
+
+
+def test_bases_without_a_common_kind(bases, tmp_path):
+    none = lorax.Base("none", bases[0].family, lorax.LayerTable([]), bases[0].read)
+    with pytest.raises(MismatchError, match="share no kind"):
+        compare_bases(bases[0], none)
+
+
+def test_other_widths_share_the_text_side(tmp_path, bases):
+    wide = small_base(tmp_path / "wide.safetensors", model_channels=64)
+    kind = next(kind for kind in compare_bases(bases[0], wide).kinds if kind.kind == "unet:attn2.to_k")
+    assert all(not math.isnan(score.phi) for line in kind.right for score in line)
