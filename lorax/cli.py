@@ -93,7 +93,10 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to writ
 NamingOption = Annotated[Naming, typer.Option(help="Spelling of the layers in the result.")]
 DTypeOption = Annotated[DType, typer.Option(help="Storage of the result.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-RankOption = Annotated[int, typer.Option(help="Singular directions that make a weight's leading subspace.")]
+RankOption = Annotated[
+    int | None,
+    typer.Option(help="Singular directions that make a weight's leading subspace.", show_default=str(RANK)),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -162,7 +165,7 @@ def transfer(
     target: TargetOption,
     output: OutputOption,
     method: Annotated[Method, typer.Option(help="auto chooses by the adapter's kind.")] = Method.auto,
-    rank: RankOption = RANK,
+    rank: RankOption = None,
     threshold: Annotated[
         float, typer.Option(help="A layer gets an update above this corrected similarity.")
     ] = THRESHOLD,
@@ -196,7 +199,7 @@ def transfer(
         "lorax_source": base_s.name,
         "lorax_target": base_t.name,
         "lorax_method": method.value,
-        "lorax_rank": str(rank),
+        "lorax_rank": str(report.rank),
         "lorax_threshold": f"{threshold:g}",
     }
     save_adapter(result, output, naming=naming.value, dtype=_dtype(dtype), metadata=provenance)
@@ -213,7 +216,7 @@ def convert(
     to: Annotated[Format, typer.Option("--to", help="Form of the result.")],
     output: OutputOption,
     source: Annotated[Path | None, typer.Option("--source", help=f"Base that the adapter was made for. {BASE}")] = None,
-    rank: RankOption = RANK,
+    rank: RankOption = None,
     naming: NamingOption = Naming.keep,
     dtype: DTypeOption = DType.keep,
     device: DeviceOption = Device.auto,

@@ -37,7 +37,7 @@ def convert_to_lora(
 
 
 def convert_to_lora_x(
-    adapter: Adapter, source: Base, *, rank: int = RANK, device: str = "cpu", progress: Progress = silent
+    adapter: Adapter, source: Base, *, rank: int | None = None, device: str = "cpu", progress: Progress = silent
 ) -> tuple[Adapter, Mapping[str, float]]:
     """Project an adapter on the LoRA-X adapters of its base: `delta_i = u_i^T delta_weight v_i`.
 
@@ -47,7 +47,7 @@ def convert_to_lora_x(
     Args:
         adapter: The adapter, made for `source`.
         source: Its base.
-        rank: Singular values that may move in each layer.
+        rank: Singular values that may move in each layer; None means 320, or as many as the layer has.
         device: Where to compute.
         progress: Called with (done, total, layer name).
 
@@ -69,7 +69,7 @@ def convert_to_lora_x(
             unused[name] = "the source base has no such layer" if layer is None else "the source layer has another size"
             continue
         B, A = expand(own, source, device)
-        space = decompose(source.weight(name, device), rank)
+        space = decompose(source.weight(name, device), rank or RANK)
         delta = space.singular_change(B, A).cpu()
         before = norm(B, A)
         shares[name] = float(delta.double().norm()) / before if before else math.nan

@@ -26,11 +26,9 @@ def index(B: Tensor, A: Tensor, s: Subspace, t: Subspace) -> Factors:
     arbitrary signs of the other base's vectors flip parts of the update. Kept for comparison; see `align`.
     """
     r = min(s.rank, t.rank)
-    left, right = t.U @ (t.U.T @ B), (A @ t.Vh.T) @ t.Vh
-    if s.U.shape[0] != t.U.shape[0]:
-        left = t.U[:, :r] @ (s.U[:, :r].T @ B)
-    if s.Vh.shape[1] != t.Vh.shape[1]:
-        right = (A @ s.Vh[:r].T) @ t.Vh[:r]
+    same_left, same_right = _same_sizes(s, t)
+    left = t.U @ (t.U.T @ B) if same_left else t.U[:, :r] @ (s.U[:, :r].T @ B)
+    right = (A @ t.Vh.T) @ t.Vh if same_right else (A @ s.Vh[:r].T) @ t.Vh[:r]
     return left, right
 
 
@@ -41,7 +39,7 @@ def align(B: Tensor, A: Tensor, s: Subspace, t: Subspace) -> Factors:
     outputs. Signs, order and rotations of singular vectors then cancel. Ours; the published rule is `index`, to which
     this falls back where both sides change and nothing is shared.
     """
-    same_left, same_right = s.U.shape[0] == t.U.shape[0], s.Vh.shape[1] == t.Vh.shape[1]
+    same_left, same_right = _same_sizes(s, t)
     if same_left == same_right:
         return index(B, A, s, t)
     r = min(s.rank, t.rank)
@@ -64,3 +62,7 @@ def subspace_null(B: Tensor, A: Tensor, s: Subspace, t: Subspace) -> Factors:
     B_lost, A_lost = project(B_perp, A_perp, t)
     up, down = torch.cat([B_kept, B_perp - B_lost], dim=1), torch.cat([A_kept, A_perp - A_lost])
     return recompress(up, down, B.shape[1])
+
+
+def _same_sizes(s: Subspace, t: Subspace) -> tuple[bool, bool]:
+    return s.U.shape[0] == t.U.shape[0], s.Vh.shape[1] == t.Vh.shape[1]

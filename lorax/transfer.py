@@ -28,7 +28,7 @@ def transfer_adapter(
     target: Base,
     *,
     method: str = "auto",
-    rank: int = RANK,
+    rank: int | None = None,
     threshold: float = THRESHOLD,
     output_format: str = "lora",
     device: str = "cpu",
@@ -43,7 +43,8 @@ def transfer_adapter(
         target: The base that it shall work on.
         method: `project`, `index`, `align`, `subspace-null`, `copy` (see `lorax.methods`), or `auto`: `project` for
             LoRA-X layers, `copy` for others, and `align` where the sizes differ.
-        rank: Singular triplets of each weight that make its leading subspace; a smaller layer uses all that it has.
+        rank: Singular triplets of each weight that make its leading subspace (a smaller layer uses all that it has);
+            None means 320, also for bases that have no layer of that size.
         threshold: A layer whose corrected similarity (the lower of both sides) is not above this gets no update.
         output_format: `lora`: factors of the rank of the input; `lora-x`: singular values of the target.
         device: Where to compute, such as `cpu` or `cuda`.
@@ -64,6 +65,7 @@ def transfer_adapter(
     if not threshold < 1:
         raise OptionError("the threshold is out of range", str(threshold), "give a number below 1")
     check_rank(rank, [*source.layers.values(), *target.layers.values()])
+    rank = RANK if rank is None else rank
     _check_belongs(adapter, source, target)
     options = _Options(method, rank, threshold, output_format, device)
     report = TransferReport(

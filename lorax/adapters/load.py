@@ -20,6 +20,8 @@ from .keys import indexed_layers, parse
 from .model import Adapter, AdapterLayer, LoraLayer, LoraXLayer
 
 LORA_X_VERSION = "1"
+# component and module path, as a key spells them
+Module = tuple[str, str]
 Alpha = Callable[[str, int], float | None]
 
 
@@ -40,26 +42,7 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None) -> Adap
         NumericsError: It holds NaN or Inf.
     """
     file = TensorFile(path)
-    modules: dict[tuple[str, str], dict[str, str]] = {}
-    namings: Counter[str] = Counter()
-    unused: dict[str, str] = {}
-    for key in file.entries:
-        parsed = parse(key)
-        if parsed is None:
-            unused[key] = _why_unknown(key, file)
-        elif parsed.role in (parts := modules.setdefault((parsed.component, parsed.path), {})):
-            unused[key] = f"a second '{parsed.role}' for the same layer as {parts[parsed.role]}"
-        else:
-            parts[parsed.role] = key
-            namings[parsed.naming if parsed.role != "delta" else "lora-x"] += 1
-    naming = namings.most_common(1)[0][0] if namings else ""
-    complete = {module: keys for module, keys in modules.items() if "delta" in keys or {"up", "down"} <= set(keys)}
-    for module, keys in modules.items():
-        if module not in complete:
-            unused |= {key: "its partner (up or down) is not in the file" for key in keys.values()}
-    if not complete:
-        got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}"
-        raise FormatError("no LoRA and no LoRA-X in the file", got, "give an adapter file")
+    complete, naming, unused = _group(file)
     shapes = {module: _shape(file, keys) for module, keys in complete.items()}
     if naming == "indexed":
         _check_indexed(file)
@@ -81,6 +64,29 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None) -> Adap
     return Adapter(file.path.name, family, naming, layers, unused, file.metadata)
 
 
+def _group(file: TensorFile) -> tuple[dict[Module, dict[str, str]], str, dict[str, str]]:
+    """Sort the keys into updates: for each module its keys by role, the file's naming, and the rest with a reason."""
+    modules: dict[Module, dict[str, str]] = {}
+    namings: Counter[str] = Counter()
+    unused: dict[str, str] = {}
+    for key in file.entries:
+        parsed = parse(key)
+        if parsed is None:
+            unused[key] = _why_unknown(key, file)
+        elif parsed.role in (parts := modules.setdefault((parsed.component, parsed.path), {})):
+            unused[key] = f"a second '{parsed.role}' for the same layer as {parts[parsed.role]}"
+        else:
+            parts[parsed.role] = key
+            namings[parsed.naming if parsed.role != "delta" else "lora-x"] += 1
+    complete = {module: keys for module, keys in modules.items() if "delta" in keys or {"up", "down"} <= set(keys)}
+    for module in modules.keys() - complete.keys():
+        unused |= dict.fromkeys(modules[module].values(), "its partner (up or down) is not in the file")
+    if not complete:
+        got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}"
+        raise FormatError("no LoRA and no LoRA-X in the file", got, "give an adapter file")
+    return complete, namings.most_common(1)[0][0], unused
+
+
 def _why_unknown(key: str, file: TensorFile) -> str:
     if file.metadata.get(key) == "<embed>":
         return "a textual-inversion vector: a LoRA file has no place for it, keep the original beside the result"
@@ -95,10 +101,10 @@ def _shape(file: TensorFile, keys: Mapping[str, str]) -> tuple[int, ...]:
     return (*file.entries[keys["up"]].shape[:1], *file.entries[keys["down"]].shape[1:])
 
 
-def _family(shapes: Mapping[tuple[str, str], tuple[int, ...]], naming: str, base: Base | None) -> Family | None:
+def _family(shapes: Mapping[Module, tuple[int, ...]], naming: str, base: Base | None) -> Family | None:
     """Return the family whose layers fit best by name and size; that of `base` where none fits better."""
 
-    def fitting(find: Callable[[tuple[str, str]], Layer | None]) -> int:
+    def fitting(find: Callable[[Module], Layer | None]) -> int:
         found = ((find(module), shape) for module, shape in shapes.items())
         return sum(
             layer is not None and (not shape or layer.matrix_shape == Layer("", shape).matrix_shape)
@@ -123,7 +129,7 @@ def _check_indexed(file: TensorFile) -> None:
             raise FormatError("an indexed LoRA over layers of unknown order", got, fix)
 
 
-def _find(module: tuple[str, str], family: Family, naming: str) -> Layer | None:
+def _find(module: Module, family: Family, naming: str) -> Layer | None:
     component, path = module
     if naming != "indexed":
         return family.table().find(component, path)
@@ -131,9 +137,7 @@ def _find(module: tuple[str, str], family: Family, naming: str) -> Layer | None:
     return order[int(path)] if int(path) < len(order) else None
 
 
-def _resolve(
-    module: tuple[str, str], shape: tuple[int, ...], base: Base | None, family: Family | None, naming: str
-) -> Layer:
+def _resolve(module: Module, shape: tuple[int, ...], base: Base | None, family: Family | None, naming: str) -> Layer:
     layer = base.layers.find(*module) if base is not None and naming != "indexed" else None
     if layer is None and family is not None:
         layer = _find(module, family, naming)

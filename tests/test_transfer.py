@@ -1,0 +1,277 @@
+"""Transfers between whole bases: what happens to each layer, and what is refused."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorax
+from lorax import (
+    Adapter,
+    LoraLayer,
+    LoraXLayer,
+    MismatchError,
+    OptionError,
+    Outcome,
+    load_adapter,
+    transfer_adapter,
+)
+from lorax.convert import convert_to_lora, convert_to_lora_x
+from lorax.report import similarity_json
+from lorax.similarity import compare_bases
+from tests.conftest import lora_tensors, small_base
+
+SCHEMA = json.loads((Path(lorax.__file__).parent / "report.schema.json").read_text())
+
+
+@pytest.fixture
+def lora(bases, lora_file):
+    return load_adapter(lora_file, bases[0])
+
+
+@pytest.fixture(scope="session")
+def lora_x(bases):
+    source = bases[0]
+    generator = torch.Generator().manual_seed(3)
+    attention = [layer for layer in source.layers.values() if layer.is_attention]
+    layers = {
+        a.name: LoraXLayer(a, torch.randn(16, generator=generator), source.fingerprint(a.name)) for a in attention
+    }
+    return Adapter("x", source.family, "lora-x", layers)
+
+
+def test_copy_is_bit_exact(bases, lora):
+    result, report = transfer_adapter(lora, *bases)
+    assert report.outcomes == {Outcome.TRANSFERRED: len(lora.layers)}
+    assert report.retained_energy == pytest.approx(1)
+    for name, own in lora.layers.items():
+        assert torch.equal(result.layers[name].lora_up, own.lora_up)
+        assert torch.equal(result.layers[name].lora_down, own.lora_down)
+        assert result.layers[name].alpha == own.alpha
+
+
+@pytest.mark.parametrize("method", ["project", "subspace-null"])
+def test_result_keeps_rank_alpha_and_dtype(tmp_path, bases, method):
+    tensors = {key: value.half() for key, value in lora_tensors(bases[0]).items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors", bases[0])
+    result, report = transfer_adapter(adapter, *bases, method=method, rank=24)
+    for name, own in adapter.layers.items():
+        moved = result.layers[name]
+        assert (moved.rank, moved.alpha, moved.dtype) == (own.rank, own.alpha, torch.float16)
+    for row in report.rows:
+        if row.retained_energy is not None:
+            assert 0 <= row.retained_energy <= 1.001
+    assert 0 < report.retained_energy < 1
+
+
+def test_report_rows_tell_the_truth(bases, lora):
+    result, report = transfer_adapter(lora, *bases, method="project", rank=24)
+    assert [row.source for row in report.rows] == [name for name in bases[0].layers if name in lora.layers]
+    for row in report.rows:
+        before, after = lora.layers[row.source].delta_weight(), result.layers[row.target].delta_weight()
+        assert row.source_norm == pytest.approx(float(before.norm()), rel=1e-4)
+        assert row.target_norm == pytest.approx(float(after.norm()), rel=1e-3)
+        m, n = lora.layers[row.source].layer.matrix_shape
+        assert row.rank == min(24, m, n)
+        assert ("no projection" in row.note) == (min(m, n) <= 24)
+        left, right = lorax.pair_scores(bases[0].weight(row.source), bases[1].weight(row.target))
+        assert (row.left, row.right) == (left, right)
+
+
+def test_inputs_never_change(bases, lora):
+    before = {name: (own.lora_up.clone(), own.lora_down.clone()) for name, own in lora.layers.items()}
+    files = [base.files[0].read_bytes() for base in bases]
+    transfer_adapter(lora, *bases, method="subspace-null", rank=8)
+    for name, own in lora.layers.items():
+        assert torch.equal(own.lora_up, before[name][0])
+        assert torch.equal(own.lora_down, before[name][1])
+    assert [base.files[0].read_bytes() for base in bases] == files
+
+
+def test_lora_x_is_projected_and_can_stay_lora_x(bases, lora_x):
+    source, target = bases
+    result, report = transfer_adapter(lora_x, source, target, rank=16)
+    kept, kept_report = transfer_adapter(lora_x, source, target, rank=16, output_format="lora-x")
+    assert {row.method for row in report.rows} == {"project"}
+    dense = convert_to_lora(kept, target)
+    for name, own in lora_x.layers.items():
+        (U_s, _, Vh_s), (U_t, _, Vh_t) = (
+            (u[:, :16], s[:16], v[:16])
+            for u, s, v in (torch.linalg.svd(b.weight(name).double(), full_matrices=False) for b in bases)
+        )
+        dW = (U_s * own.delta.double()) @ Vh_s
+        M = U_t.T @ dW @ Vh_t.T
+        torch.testing.assert_close(result.layers[name].delta_weight().double(), U_t @ M @ Vh_t, rtol=0, atol=1e-4)
+        diagonal = (U_t * M.diagonal()) @ Vh_t
+        torch.testing.assert_close(dense.layers[name].delta_weight().double(), diagonal, rtol=0, atol=1e-4)
+        assert kept.layers[name].fingerprint == target.fingerprint(name)
+    assert kept_report.retained_energy < report.retained_energy <= 1
+
+
+def test_lora_x_on_its_own_base_is_itself(bases, lora_x):
+    result, report = transfer_adapter(lora_x, bases[0], bases[0], rank=16, output_format="lora-x")
+    assert report.retained_energy == pytest.approx(1, abs=1e-4)
+    for name, own in lora_x.layers.items():
+        torch.testing.assert_close(result.layers[name].delta, own.delta, rtol=0, atol=1e-4)
+
+
+def test_lora_x_of_another_base_is_refused_and_a_swap_is_named(bases, lora_x, tmp_path):
+    with pytest.raises(MismatchError, match="swap source and target"):
+        transfer_adapter(lora_x, bases[1], bases[0], rank=16)
+    stranger = small_base(tmp_path / "stranger.safetensors", seed=99)
+    with pytest.raises(MismatchError, match="own source base"):
+        transfer_adapter(lora_x, stranger, bases[1], rank=16)
+    with pytest.raises(MismatchError, match="needs its source base"):
+        convert_to_lora(lora_x)
+
+
+def test_unrelated_layers_get_no_update(bases, lora, tmp_path):
+    stranger = small_base(tmp_path / "stranger.safetensors", seed=99)
+    with pytest.raises(MismatchError, match="below threshold"):
+        transfer_adapter(lora, bases[0], stranger, threshold=0.5)
+    _, report = transfer_adapter(lora, *bases, threshold=0.5)
+    assert report.arrived == len(report.rows)
+
+
+def test_text_encoder_layers_are_kept_where_a_base_has_none(bases, lora, tmp_path):
+    bare = small_base(tmp_path / "bare.safetensors", change=0.2, text=False)
+    result, report = transfer_adapter(lora, bases[0], bare, method="project", rank=24)
+    for row in report.rows:
+        kept = row.source.startswith("text_encoder.")
+        assert (row.outcome is Outcome.KEPT) == kept
+        if kept:
+            assert result.layers[row.source] is lora.layers[row.source]
+    assert "text_encoder is not in both bases" in {row.note for row in report.rows}
+
+
+def test_layers_that_the_target_lacks_are_reported_and_strict_raises(bases, lora):
+    source, target = bases
+    gone = {name for name in target.layers if "mid_block" in name}
+    layers = lorax.LayerTable(layer for name, layer in target.layers.items() if name not in gone)
+    pruned = replace(target, layers=layers)
+    result, report = transfer_adapter(lora, source, pruned)
+    missing = {row.source for row in report.rows if row.outcome is Outcome.NO_TARGET_LAYER}
+    assert missing == gone & set(lora.layers)
+    assert not missing & set(result.layers)
+    assert any(f"{len(missing)} of {len(report.rows)} layers get no update" in text for text in report.warnings)
+    with pytest.raises(MismatchError, match="strict"):
+        transfer_adapter(lora, source, pruned, strict=True)
+    smaller = replace(source, layers=layers)
+    _, report = transfer_adapter(lora, smaller, target)
+    assert report.outcomes[Outcome.NO_SOURCE_LAYER] == len(missing)
+
+
+def test_another_width_is_aligned_and_marked(bases, lora, tmp_path):
+    wide = small_base(tmp_path / "wide.safetensors", model_channels=64, text=False)
+    result, report = transfer_adapter(lora, bases[0], wide, rank=16, threshold=-9)
+    rows = {row.source: row for row in report.rows if row.source.startswith("unet.")}
+    assert {row.method for row in rows.values()} == {"align"}
+    for name, row in rows.items():
+        assert result.layers[name].layer.matrix_shape == wide.layers[name].matrix_shape
+        assert ("weakest" in row.note) == (".attn2.to_k" not in name and ".attn2.to_v" not in name)
+    assert any("weakest kind" in text for text in report.warnings)
+    _, copied = transfer_adapter(lora, bases[0], wide, method="copy")
+    assert {row.outcome for row in copied.rows if row.source in rows} == {Outcome.SHAPE_MISMATCH}
+
+
+def test_adapter_of_another_family_is_refused(bases, tmp_path):
+    module = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{module}.lora_up.weight": torch.randn(640, 2), f"{module}.lora_down.weight": torch.randn(2, 2048)}
+    save_file(tensors, tmp_path / "xl.safetensors")
+    adapter = load_adapter(tmp_path / "xl.safetensors", bases[0])
+    assert adapter.family.name == "sdxl"
+    with pytest.raises(MismatchError, match=r"Stable Diffusion XL.*Stable Diffusion 1"):
+        transfer_adapter(adapter, *bases)
+    with pytest.raises(MismatchError, match="does not belong"):
+        convert_to_lora_x(adapter, bases[0], rank=4)
+
+
+def test_swapped_bases_of_two_widths_are_named(lora, bases, tmp_path):
+    wide = small_base(tmp_path / "wide.safetensors", model_channels=64, text=False)
+    with pytest.raises(MismatchError, match="swap source and target"):
+        transfer_adapter(lora, wide, bases[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 0},
+        {"rank": 10**6},
+        {"method": "magic"},
+        {"output_format": "dora"},
+        {"threshold": 1.0},
+        {"threshold": math.nan},
+    ],
+    ids=str,
+)
+def test_options_out_of_range(bases, lora, options):
+    with pytest.raises(OptionError):
+        transfer_adapter(lora, *bases, **options)
+
+
+def test_a_weak_effect_is_said_with_advice(bases, lora):
+    _, report = transfer_adapter(lora, *bases, method="project", rank=2)
+    assert report.retained_energy < 0.5
+    assert any("weak effect" in text and "copy" in text and "strength" in text for text in report.warnings)
+
+
+def test_an_update_of_zero(bases, tmp_path):
+    tensors = lora_tensors(bases[0])
+    tensors = {key: torch.zeros_like(t) if "lora_up" in key else t for key, t in tensors.items()}
+    save_file(tensors, tmp_path / "zero.safetensors")
+    adapter = load_adapter(tmp_path / "zero.safetensors", bases[0])
+    result, report = transfer_adapter(adapter, *bases, method="project", rank=8)
+    assert math.isnan(report.retained_energy)
+    assert all(not own.delta_weight().any() for own in result.layers.values())
+    jsonschema.validate(report.to_json(), SCHEMA)
+
+
+def test_alpha_zero_stays_zero(bases, tmp_path):
+    save_file(lora_tensors(bases[0], alpha=0.0), tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors", bases[0])
+    result, _ = transfer_adapter(adapter, *bases, method="project", rank=8)
+    assert all(not own.delta_weight().any() for own in result.layers.values())
+
+
+def test_reports_are_valid_json_by_the_schema(bases, lora):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    _, report = transfer_adapter(lora, *bases, method="project", rank=8)
+    for data in (report.to_json(), similarity_json(compare_bases(*bases, attention_only=False))):
+        text = json.dumps(data, allow_nan=False)
+        jsonschema.validate(json.loads(text), SCHEMA)
+    broken = report.to_json()
+    broken["rows"][0]["outcome"] = "vanished"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, SCHEMA)
+
+
+def test_convert_to_lora_x_is_the_closest_one(bases, lora):
+    source = bases[0]
+    converted, shares = convert_to_lora_x(lora, source, rank=20)
+    for name, own in converted.layers.items():
+        U, _, Vh = torch.linalg.svd(source.weight(name).double(), full_matrices=False)
+        dW = lora.layers[name].delta_weight().double()
+        r = own.rank
+        basis = torch.stack([torch.outer(U[:, i], Vh[i]).flatten() for i in range(r)], dim=1)
+        best = torch.linalg.lstsq(basis, dW.flatten()[:, None]).solution.flatten()
+        torch.testing.assert_close((basis @ own.delta.double()), basis @ best, rtol=0, atol=1e-4)
+        assert shares[name] == pytest.approx(float(best.norm() / dW.norm()), abs=1e-4)
+
+
+def test_progress_reaches_the_end(bases, lora):
+    seen = []
+    transfer_adapter(lora, *bases, progress=lambda done, total, what: seen.append((done, total)))
+    assert seen[-1] == (len(lora.layers), len(lora.layers))
+
+
+def test_lora_layer_is_exact_about_its_scale():
+    layer = lorax.Layer("unet.x", (4, 6))
+    up, down = torch.randn(4, 2), torch.randn(2, 6)
+    torch.testing.assert_close(LoraLayer(layer, up, down, 3.0).delta_weight(), 1.5 * up @ down)
+    torch.testing.assert_close(LoraLayer(layer, up, down).delta_weight(), up @ down)
