@@ -1,6 +1,7 @@
 """Safetensors files: opened lazily, read one tensor at a time, written whole or not at all."""
 
 import json
+import math
 import os
 import re
 import secrets
@@ -8,28 +9,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from .errors import FileError, OutputError
 
-# The file is mapped, and pages that were read stay resident until it is unmapped: reopen after this many bytes.
-REMAP_BYTES = 256 * 2**20
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ADVICE = "download or export it again"
 
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file as its header describes it: shape and dtype name (`F16`, `F32`, ...)."""
+    """One tensor of a file as its header describes it: shape, dtype name (`F16`, `F32`, ...), first byte and size."""
 
     shape: tuple[int, ...]
     dtype: str
+    offset: int
+    nbytes: int
 
 
 class TensorFile:
     """A safetensors file of which only the header is read until a tensor is asked for.
+
+    The library reads and checks the header. The data is read tensor by tensor and not mapped: mapped pages would count
+    as memory of the process, and a file that is cut short meanwhile would end it.
 
     Args:
         path: The file.
@@ -40,36 +56,42 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        _refuse_other_kinds(self.path)
-        self._read = 0
-        self._open()
-        self.metadata: dict[str, str] = dict(self._handle.metadata() or {})
-        self.entries: dict[str, Entry] = {}
-        for key in sorted(self._handle.keys(), key=_natural):
-            part = self._handle.get_slice(key)
-            self.entries[key] = Entry(tuple(part.get_shape()), str(part.get_dtype()))
-
-    def _open(self) -> None:
+        offset = 8 + _header_length(self.path)
+        entries: dict[str, Entry] = {}
         try:
-            self._handle = safe_open(str(self.path), framework="pt")
+            with safe_open(str(self.path), framework="np") as handle:
+                self.metadata: dict[str, str] = dict(handle.metadata() or {})
+                # The library has checked that the tensors follow one another without a hole.
+                for key in handle.offset_keys():
+                    part = handle.get_slice(key)
+                    shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
+                    bits = math.prod(shape) * int(re.sub(r"\D*(\d+).*", r"\1", dtype) if dtype != "BOOL" else 8)
+                    entries[key] = Entry(shape, dtype, offset, bits // 8)
+                    offset += bits // 8
         except (SafetensorError, OSError) as error:
             raise FileError("damaged safetensors file", f"{self.path}: {error}", ADVICE) from error
+        self.entries = dict(sorted(entries.items(), key=lambda item: _natural(item[0])))
 
     def tensor(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """Return a copy of one tensor, or of its rows `[start, stop)`, in the dtype of the file.
+        """Return one tensor, or its rows `[start, stop)`, in the dtype of the file.
 
         Raises:
-            FileError: The data cannot be read.
+            FileError: The data cannot be read, or is not of a floating dtype.
         """
-        if self._read > REMAP_BYTES:
-            self._open()
-            self._read = 0
+        entry = self.entries[key]
+        if entry.dtype not in DTYPES:
+            got = f"{key} in {self.path} is {entry.dtype}"
+            raise FileError("a weight of a dtype that is not read", got, f"store it as one of {', '.join(DTYPES)}")
+        start, stop = rows or (0, entry.shape[0] if entry.shape else 1)
+        row = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
         try:
-            found = self._handle.get_tensor(key) if rows is None else self._handle.get_slice(key)[rows[0] : rows[1]]
-        except (SafetensorError, OSError) as error:
-            raise FileError("cannot read a tensor", f"{key} in {self.path}: {error}", ADVICE) from error
-        self._read += found.numel() * found.element_size()
-        return found.clone()
+            content = np.fromfile(self.path, np.uint8, (stop - start) * row, offset=entry.offset + start * row)
+        except OSError as error:
+            raise FileError("cannot read a tensor", f"{key} in {self.path}: {error.strerror}", ADVICE) from error
+        if content.size != (stop - start) * row:
+            raise FileError("the file was cut short", f"{key} in {self.path}", ADVICE)
+        shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+        return torch.from_numpy(content).view(DTYPES[entry.dtype]).reshape(shape)
 
 
 def _natural(key: str) -> list[str | int]:
@@ -77,7 +99,8 @@ def _natural(key: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]
 
 
-def _refuse_other_kinds(path: Path) -> None:
+def _header_length(path: Path) -> int:
+    """Return the length of the header, after refusing what is plainly no safetensors file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as handle:
@@ -91,6 +114,7 @@ def _refuse_other_kinds(path: Path) -> None:
         raise FileError("not a safetensors file", f"{path} has {size} bytes", ADVICE)
     if length > size - 8:
         raise FileError("truncated, or not a safetensors file", f"{path}: header of {length} in {size} bytes", ADVICE)
+    return length
 
 
 def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
