@@ -190,6 +190,7 @@ def transfer(
             rank=rank,
             threshold=threshold,
             output_format=output_format.value,
+            dtype=_dtype(dtype),
             device=_device(device),
             strict=strict,
             progress=progress,
@@ -202,7 +203,7 @@ def transfer(
         "lorax_rank": str(report.rank),
         "lorax_threshold": f"{threshold:g}",
     }
-    save_adapter(result, output, naming=naming.value, dtype=_dtype(dtype), metadata=provenance)
+    save_adapter(result, output, naming=naming.value, metadata=provenance)
     if report_file:
         write_bytes(report_file, json.dumps(report.to_json(), indent=1).encode())
     if png_file:

@@ -1,8 +1,7 @@
 """The transfer methods: how an update `B A` of a source layer becomes one of the target layer.
 
 `B [m, k]`, `A [k, n]` are the source's factors, `s` and `t` the leading singular triplets of source and target. Each
-method returns factors of the same rank and forms no `[m, n]` product. Section numbers are those of the LoRA-X paper's
-steps as written out in docs/method.md.
+method returns factors of the same rank and forms no `[m, n]` product. docs/method.md says when to use which.
 """
 
 import torch

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from . import methods
@@ -31,6 +32,7 @@ def transfer_adapter(
     rank: int | None = None,
     threshold: float = THRESHOLD,
     output_format: str = "lora",
+    dtype: torch.dtype | None = None,
     device: str = "cpu",
     strict: bool = False,
     progress: Progress = silent,
@@ -47,12 +49,13 @@ def transfer_adapter(
             None means 320, also for bases that have no layer of that size.
         threshold: A layer whose corrected similarity (the lower of both sides) is not above this gets no update.
         output_format: `lora`: factors of the rank of the input; `lora-x`: singular values of the target.
+        dtype: Of the factors of the result; None takes that of the input. Half precision rounds by 3e-4.
         device: Where to compute, such as `cpu` or `cuda`.
         strict: Raise if any layer gets no update.
         progress: Called with (done, total, layer name); an exception that it raises stops the work.
 
     Returns:
-        The adapter for the target, its factors in the dtype of the input, and a report with a row for every layer.
+        The adapter for the target, and a report with a row for every layer.
 
     Raises:
         OptionError: An option is unknown or out of range.
@@ -67,7 +70,7 @@ def transfer_adapter(
     check_rank(rank, [*source.layers.values(), *target.layers.values()])
     rank = RANK if rank is None else rank
     _check_belongs(adapter, source, target)
-    options = _Options(method, rank, threshold, output_format, device)
+    options = _Options(method, rank, threshold, output_format, dtype, device)
     report = TransferReport(
         adapter.name, source.name, target.name, method, rank, threshold, unused=dict(adapter.unused)
     )
@@ -96,6 +99,7 @@ class _Options:
     rank: int
     threshold: float
     output_format: str
+    dtype: torch.dtype | None
     device: str
 
 
@@ -145,9 +149,10 @@ def _move(own: AdapterLayer, source: Base, target: Base, options: _Options) -> t
     if space_t is not None and lora_x:
         result: AdapterLayer = LoraXLayer(layer, space_t.singular_change(B, A).cpu(), target.fingerprint(name))
     elif method == "copy" and isinstance(own, LoraLayer):
-        result = replace(own, layer=layer)
+        dtype = options.dtype or own.dtype
+        result = replace(own, layer=layer, lora_up=own.lora_up.to(dtype), lora_down=own.lora_down.to(dtype))
     else:
-        result = _like(own, layer, B, A)
+        result = _like(own, layer, B, A, options.dtype or own.dtype)
     return replace(row, rank=space_t.rank if space_t else 0, target_norm=_norm(result)), result
 
 
@@ -195,11 +200,11 @@ _APPLY: dict[str, Callable[[Tensor, Tensor, Subspace, Subspace], methods.Factors
 }
 
 
-def _like(own: AdapterLayer, layer: Layer, B: Tensor, A: Tensor) -> LoraLayer:
-    """Return factors as a LoRA layer with the dtype and the alpha of the layer that they came from."""
+def _like(own: AdapterLayer, layer: Layer, B: Tensor, A: Tensor, dtype: torch.dtype) -> LoraLayer:
+    """Return factors as a LoRA layer with the alpha of the layer that they came from."""
     alpha = own.alpha if isinstance(own, LoraLayer) else None
     scale = own.scale if isinstance(own, LoraLayer) and own.scale else 1.0
-    return LoraLayer(layer, (B / scale).to("cpu", own.dtype), A.to("cpu", own.dtype), alpha)
+    return LoraLayer(layer, (B / scale).to("cpu", dtype), A.to("cpu", dtype), alpha)
 
 
 def _norm(own: AdapterLayer) -> float:

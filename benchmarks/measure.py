@@ -1,0 +1,100 @@
+"""One measurement in one process: prints a JSON object."""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from demo.synthetic import base_tensors
+from lorax import Base, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax.families import families
+
+RANK, LORA_RANK, SAMPLE = 320, 16, 12
+
+
+def make(family: str, folder: Path, channels: int) -> None:
+    """Write source, target and a rank-16 LoRA on every attention layer of the U-Net."""
+    shape = replace(families()[family], text_encoders=())
+    shape = replace(shape, unet=replace(shape.unet, model_channels=channels))
+    for name, change in (("source", 0.0), ("target", 0.1)):
+        save_file(base_tensors(shape, 1, change=change), folder / f"{name}.safetensors")
+    generator, tensors = torch.Generator().manual_seed(3), {}
+    for layer in open_base(folder / "source.safetensors").layers.values():
+        if layer.is_attention:
+            m, n = layer.matrix_shape
+            tensors[f"{layer.name}.lora_B.weight"] = torch.randn(m, LORA_RANK, generator=generator)
+            tensors[f"{layer.name}.lora_A.weight"] = torch.randn(LORA_RANK, n, generator=generator)
+    save_file(tensors, folder / "lora.safetensors")
+
+
+def ours(folder: Path, method: str, device: str) -> None:
+    """Transfer as the command line does, files included."""
+    source, target = open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
+    adapter = load_adapter(folder / "lora.safetensors", source)
+    result, _ = transfer_adapter(adapter, source, target, method=method, device=device)
+    save_adapter(result, folder / "out.safetensors")
+
+
+def svd_loop(folder: Path, device: str) -> None:
+    """Do what a user would write: both models in memory, one full SVD a layer, dense products."""
+    target = load_file(folder / "target.safetensors")
+    base = open_base(folder / "target.safetensors")
+    adapter, out = load_file(folder / "lora.safetensors"), {}
+    for name, layer in base.layers.items():
+        if f"{name}.lora_A.weight" in adapter:
+            W = target[f"model.diffusion_model.{layer.ldm}.weight"].float().to(device).reshape(layer.matrix_shape)
+            U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+            U, Vh = U[:, :RANK], Vh[:RANK]
+            B, A = adapter[f"{name}.lora_B.weight"].to(device), adapter[f"{name}.lora_A.weight"].to(device)
+            out[f"{name}.lora_B.weight"] = (U @ U.T @ B).cpu()
+            out[f"{name}.lora_A.weight"] = (A @ Vh.T @ Vh).cpu()
+    save_file(out, folder / "out.safetensors")
+
+
+def error(folder: Path, target: Base) -> float:
+    """Return the largest relative error of a sample of layers against the formula in float64."""
+    given, found = load_adapter(folder / "lora.safetensors", target), load_adapter(folder / "out.safetensors", target)
+    names = list(found.layers)
+    worst = 0.0
+    for name in names[:: max(1, len(names) // SAMPLE)]:
+        U, _, Vh = torch.linalg.svd(target.weight(name).double(), full_matrices=False)
+        U, Vh = U[:, :RANK], Vh[:RANK]
+        expected = U @ (U.T @ given.layers[name].delta_weight().double() @ Vh.T) @ Vh
+        difference = found.layers[name].delta_weight().double() - expected
+        worst = max(worst, float(difference.norm() / expected.norm()))
+    return worst
+
+
+def main() -> None:
+    what, *words = sys.argv[1:]
+    if what == "make":
+        family, folder, channels = words
+        make(family, Path(folder), int(channels))
+        print(json.dumps({}))
+        return
+    folder, method, device = Path(words[0]), words[1], words[2]
+    start = time.perf_counter()
+    if what == "ours":
+        ours(folder, method, device)
+    else:
+        svd_loop(folder, device)
+    row = {
+        "who": what,
+        "method": method,
+        "device": device,
+        "layers": len(load_adapter(folder / "lora.safetensors").layers),
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    if method == "project":
+        row["relative_error"] = error(folder, open_base(folder / "target.safetensors"))
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The main job on real input: published LoRA files, moved between two full-size SD 1.5-shaped bases in fp16.
+
+Takes some minutes: two bases of 860 M parameters are made, and the reference is a full SVD in float64 of every layer.
+"""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+
+from demo.synthetic import base_tensors
+from lorax import Outcome, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax.families import families
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    for name, change in (("source", 0.0), ("target", 0.1)):
+        save_file(base_tensors(families()["sd1"], 1, change=change), folder / f"{name}.safetensors")
+    yield open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def test_transfer_equals_the_published_formula_in_float64(full_size, published, tmp_path):
+    source, target = full_size
+    given = {path.name: load_adapter(path, source) for path in published}
+    moved = {}
+    for file, adapter in given.items():
+        for dtype in (torch.float32, None):
+            result, report = transfer_adapter(adapter, source, target, method="project", rank=320, dtype=dtype)
+            assert report.outcomes == {Outcome.TRANSFERRED: 192}
+            save_adapter(result, tmp_path / "out.safetensors")
+            moved[file, dtype] = load_adapter(tmp_path / "out.safetensors", target)
+    worst = dict.fromkeys(moved, 0.0)
+    for name in set(source.layers) & set(given[published[0].name].layers):
+        U, _, Vh = torch.linalg.svd(target.weight(name).double(), full_matrices=False)
+        U, Vh = U[:, :320], Vh[:320]
+        for (file, dtype), adapter in moved.items():
+            expected = U @ (U.T @ dense(given[file].layers[name]) @ Vh.T) @ Vh
+            error = torch.linalg.norm(dense(adapter.layers[name]) - expected) / torch.linalg.norm(expected)
+            worst[file, dtype] = max(worst[file, dtype], float(error))
+    for (file, dtype), error in worst.items():
+        # Half precision keeps 11 bits of each factor's entries, which alone makes a relative error of about 3e-4.
+        half = dtype is None and next(iter(given[file].layers.values())).dtype == torch.float16
+        assert error < (6e-4 if half else 1e-4), worst
+
+
+def dense(own):
+    return own.scale * own.lora_up.double() @ own.lora_down.double()
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+def test_the_result_loads_in_diffusers(full_size, published, tmp_path, naming):
+    model = unet()
+    for path in published:
+        result, _ = transfer_adapter(load_adapter(path, full_size[0]), *full_size)
+        save_adapter(result, tmp_path / "out.safetensors", naming=naming, dtype=torch.float32)
+        file = str(tmp_path / "out.safetensors")
+        state, alphas, *_ = StableDiffusionPipeline.lora_state_dict(file, unet_config=model.config)
+        model.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=path.stem.replace(".", "_"))
+        layers = {name: own for name, own in result.layers.items() if own.layer.component == "unet"}
+        wrapped = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+        assert {f"unet.{name}" for name in wrapped} == set(layers)
+        for name, module in wrapped.items():
+            delta = module.get_delta_weight(path.stem.replace(".", "_"))
+            torch.testing.assert_close(delta, layers[f"unet.{name}"].delta_weight(), rtol=1e-4, atol=1e-6)
+
+
+def unet():
+    return UNet2DConditionModel(cross_attention_dim=768)
