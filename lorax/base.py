@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError, NumericsError
-from .families import Family, families, unet_layers
+from .families import Family, family_of, unet_layers
 from .layers import Layer, LayerTable
 from .tensorfile import TensorFile
 
@@ -69,7 +69,7 @@ class Base:
     @property
     def components(self) -> list[str]:
         """`unet` and the text encoders that are there."""
-        return list(dict.fromkeys(layer.component for layer in self.layers.values()))
+        return self.layers.components
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
         )
     found = unet_layers(_module_shapes(unet, prefix))
     naming = "ldm" if prefix + "input_blocks.0.0.weight" in unet.entries else "diffusers"
-    family = _family(found, unet)
+    family = family_of(found, str(unet.path))
     for layer in found:
         places[layer.name] = _Place(unet, f"{prefix}{layer.ldm if naming == 'ldm' else layer.path}.weight")
     layers += found
@@ -157,19 +157,6 @@ def _module_shapes(file: TensorFile, prefix: str) -> dict[str, tuple[int, ...]]:
         for key, entry in file.entries.items()
         if key.startswith(prefix) and key.endswith(".weight")
     }
-
-
-def _family(layers: Iterable[Layer], file: TensorFile) -> Family:
-    widths = {layer.shape[1] for layer in layers if layer.kind == "attn2.to_k"}
-    for family in families().values():
-        if widths == {family.unet.context_dim}:
-            return family
-    known = ", ".join(f"{family.unet.context_dim} ({family.label})" for family in families().values())
-    raise FormatError(
-        "a U-Net of an unknown family",
-        f"{file.path} with text width {', '.join(map(str, sorted(widths))) or 'none'}",
-        f"known text widths: {known}",
-    )
 
 
 def _text_layers(component: str, file: TensorFile, prefix: str) -> Iterable[tuple[Layer, _Place]]:

@@ -273,9 +273,7 @@ def _print_report(report: TransferReport) -> None:
         similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])
         table.add_row(escape(printable(kind)), str(len(rows)), str(arrived), similar, kept)
     say.print(table)
-    energy = report.retained_energy
-    kept = f"{energy:.0%} of the update's norm kept" if math.isfinite(energy) else "the update is zero"
-    say.print(f"{report.arrived} of {len(report.rows)} layers arrived, {kept}")
+    say.print(report.summary)
     for row in report.rows:
         if row.outcome == "kept unchanged":
             say.print(f"kept unchanged: {row.source.partition('.')[0]} layers, {row.note}", markup=False)

@@ -1,12 +1,13 @@
 """The families of base models that are known, from `families.toml`, and their layers."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .errors import FormatError
 from .layers import Layer, LayerTable
 from .unet import UNetConfig, diffusers_to_ldm, ldm_to_diffusers
 
@@ -61,6 +62,30 @@ def families() -> Mapping[str, Family]:
         encoders = tuple(TextEncoder(**encoder) for encoder in entry["text_encoders"])
         found[name] = Family(name, entry["label"], entry["kohya_unet"], UNetConfig(**unet), encoders)
     return found
+
+
+def family_of(layers: Iterable[Layer], name: str) -> Family:
+    """Return the family that a U-Net belongs to, told by the width of its text embedding.
+
+    Args:
+        layers: The layers of the U-Net.
+        name: What to call it in the error.
+
+    Raises:
+        FormatError: No known family has this width; the kinds of layer that were seen are named.
+    """
+    layers = list(layers)
+    widths = {layer.shape[1] for layer in layers if layer.kind == "attn2.to_k"}
+    for family in families().values():
+        if widths == {family.unet.context_dim}:
+            return family
+    kinds = list(dict.fromkeys(layer.kind for layer in layers))
+    raise FormatError(
+        "no U-Net of a known family",
+        f"{name} with text width {', '.join(map(str, sorted(widths))) or 'none'} and layers such as "
+        + (", ".join(kinds[:4]) or "none"),
+        f"known are {', '.join(f'{f.label} (width {f.unet.context_dim})' for f in families().values())}",
+    )
 
 
 @cache

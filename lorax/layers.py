@@ -66,6 +66,7 @@ class LayerTable(Mapping[str, Layer]):
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self._layers = {layer.name: layer for layer in layers}
+        self.components = list(dict.fromkeys(layer.component for layer in self._layers.values()))
         self._spellings: dict[tuple[str, str], Layer] = {}
         for layer in self._layers.values():
             for path in filter(None, (layer.path, layer.ldm)):

@@ -12,6 +12,8 @@ SCHEMA_VERSION = 1
 # Below this share of the update's norm the user sees little of the adapter. The ICLR 2025 paper (table 2) loses 10 to
 # 28 % of its score with updates that keep about a quarter; one half is where we start to warn.
 WEAK = 0.5
+# Beyond this, what is left of an update is no longer the same update, only louder (users go to 4.5 in public threads).
+MOST_STRENGTH = 4.0
 
 
 class Outcome(StrEnum):
@@ -118,17 +120,36 @@ class TransferReport:
         return after / before if before else math.nan
 
     @property
+    def suggested_strength(self) -> float:
+        """The strength that gives the update its former norm, `1 / retained_energy`, at most MOST_STRENGTH.
+
+        It is 1 where all of the update arrived, or none.
+        """
+        retained = self.retained_energy
+        return min(1 / retained, MOST_STRENGTH) if 0 < retained < 1 else 1.0
+
+    @property
+    def summary(self) -> str:
+        """The verdict in words: layers that arrived, norm that was kept, the strength to use and why."""
+        retained = self.retained_energy
+        if not math.isfinite(retained):
+            return f"{self.arrived} of {len(self.rows)} layers arrived; the update is zero"
+        reason = "all of it arrived" if self.suggested_strength == 1 else "to make up for what was lost"
+        return (
+            f"{self.arrived} of {len(self.rows)} layers arrived, {retained:.0%} of the update's norm kept; "
+            f"suggested strength {self.suggested_strength:.2f} ({reason})"
+        )
+
+    @property
     def warnings(self) -> list[str]:
         """What the user should know and do, in words; empty when all is well."""
         found: list[str] = []
-        retained = self.retained_energy
-        if retained < WEAK:
-            advice = "copy" if any(row.method not in ("copy", "") for row in self.rows) else "a related target"
-            strength = min(1 / retained, 4.0) if retained else 4.0
+        if self.retained_energy < WEAK:
+            copied = all(row.method in ("copy", "") for row in self.rows)
+            advice = "a target closer to the source" if copied else "the method copy or a higher rank"
             found.append(
-                f"weak effect: only {retained:.0%} of the update's norm arrives; try "
-                + ("--method copy, a higher --rank" if advice == "copy" else advice)
-                + f", or a strength of about {strength:.1f}"
+                f"weak effect: only {self.retained_energy:.0%} of the update's norm arrives; try {advice}, "
+                f"or a strength of about {self.suggested_strength:.1f}"
             )
         missing = len(self.rows) - self.arrived
         if missing:
@@ -159,6 +180,8 @@ class TransferReport:
             "arrived": self.arrived,
             "outcomes": {str(outcome): count for outcome, count in self.outcomes.items()},
             "retained_energy": _number(self.retained_energy),
+            "suggested_strength": self.suggested_strength,
+            "summary": self.summary,
             "warnings": self.warnings,
             "rows": [row.to_json() for row in self.rows],
             "unused": self.unused,

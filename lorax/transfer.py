@@ -1,6 +1,6 @@
 """Moving an adapter from its source base to a target base."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from .layers import Layer
 from .linalg import Subspace, decompose, norm
 from .progress import Progress, silent
 from .report import ARRIVED, BOTH_RESIZED, Outcome, Row, TransferReport
-from .similarity import check_rank, pair_scores
+from .similarity import Score, Similarity, check_rank, pair_scores
 
 FORMATS = ("lora", "lora-x")
 # The paper's setting for every pair of bases (arXiv 2501.16559, section 5).
@@ -35,6 +35,7 @@ def transfer_adapter(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     strict: bool = False,
+    similarity: Similarity | None = None,
     progress: Progress = silent,
 ) -> tuple[Adapter, TransferReport]:
     """Move an adapter to another base, layer by layer, pairing layers by name.
@@ -52,6 +53,7 @@ def transfer_adapter(
         dtype: Of the factors of the result; None takes that of the input. Half precision rounds by 3e-4.
         device: Where to compute, such as `cpu` or `cuda`.
         strict: Raise if any layer gets no update.
+        similarity: A comparison of these two bases; its scores are used instead of comparing the layers again.
         progress: Called with (done, total, layer name); an exception that it raises stops the work.
 
     Returns:
@@ -70,7 +72,7 @@ def transfer_adapter(
     check_rank(rank, [*source.layers.values(), *target.layers.values()])
     rank = RANK if rank is None else rank
     _check_belongs(adapter, source, target)
-    options = _Options(method, rank, threshold, output_format, dtype, device)
+    options = _Options(method, rank, threshold, output_format, dtype, device, _scores(similarity))
     report = TransferReport(
         adapter.name, source.name, target.name, method, rank, threshold, unused=dict(adapter.unused)
     )
@@ -101,6 +103,17 @@ class _Options:
     output_format: str
     dtype: torch.dtype | None
     device: str
+    scores: Mapping[tuple[str, str], tuple[Score, Score]]
+
+
+def _scores(similarity: Similarity | None) -> dict[tuple[str, str], tuple[Score, Score]]:
+    kinds = similarity.kinds if similarity else []
+    return {
+        (source.name, target.name): (kind.left[i][j], kind.right[i][j])
+        for kind in kinds
+        for i, source in enumerate(kind.sources)
+        for j, target in enumerate(kind.targets)
+    }
 
 
 def _check_belongs(adapter: Adapter, source: Base, target: Base) -> None:
@@ -135,7 +148,7 @@ def _move(own: AdapterLayer, source: Base, target: Base, options: _Options) -> t
     if row.outcome is not Outcome.TRANSFERRED:
         return row, None
     weight_s, weight_t = source.weight(name, options.device), target.weight(name, options.device)
-    left, right = pair_scores(weight_s, weight_t)
+    left, right = options.scores.get((name, name)) or pair_scores(weight_s, weight_t)
     row = replace(row, left=left, right=right)
     if row.corrected <= options.threshold:
         return replace(row, outcome=Outcome.BELOW_THRESHOLD), None

@@ -74,7 +74,7 @@ def test_transfer_writes_the_file_the_report_and_the_picture(run, words, bases, 
 def test_a_weak_effect_warns_with_advice(run, words):
     _, err = run(*words, "--method", "project", "--rank", 2)
     assert "weak effect" in err
-    assert "--method copy" in err
+    assert "the method copy" in err
 
 
 def test_same_command_same_bytes(run, words, tmp_path):
