@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,6 +139,30 @@ def open_base(path: str | os.PathLike[str]) -> Base:
         dtypes=Counter(entry.dtype for entry in entries),
         parameters=sum(_product(entry.shape) for entry in entries),
     )
+
+
+def loaded_base(
+    name: str,
+    unet: Mapping[str, tuple[int, ...]],
+    text_encoders: Mapping[str, Mapping[str, tuple[int, ...]]],
+    read: Callable[[Layer], Tensor],
+) -> Base:
+    """Make a base of a model that another program holds in memory.
+
+    Args:
+        name: What to call it.
+        unet: Weight shape of every module of its U-Net, norms included, by module path (diffusers or LDM).
+        text_encoders: For each text encoder (`text_encoder`, `text_encoder_2`) the same, by Hugging Face module path.
+        read: Returns the weight of a layer, `layer.shape`, any floating dtype.
+
+    Raises:
+        FormatError: The U-Net is of no known family.
+    """
+    layers = unet_layers(unet)
+    family = family_of(layers, name)
+    for component, shapes in text_encoders.items():
+        layers += [Layer(f"{component}.{path}", shape) for path, shape in shapes.items() if len(shape) == 2]
+    return Base(name, family, LayerTable(layers), read)
 
 
 def _folder(path: Path) -> dict[str, TensorFile]:

@@ -26,6 +26,7 @@ def convert_to_lora(
     Raises:
         MismatchError: A LoRA-X layer without its own source base.
     """
+    adapter = adapter if source is None else adapter.resolved(source)
     layers: dict[str, AdapterLayer] = {}
     for done, (name, own) in enumerate(adapter.layers.items(), 1):
         if isinstance(own, LoraXLayer):
@@ -60,6 +61,7 @@ def convert_to_lora_x(
         OptionError: `rank` is out of range.
     """
     check_rank(rank, source.layers.values())
+    adapter = adapter.resolved(source)
     layers: dict[str, AdapterLayer] = {}
     shares: dict[str, float] = {}
     unused = dict(adapter.unused)

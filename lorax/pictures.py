@@ -79,7 +79,7 @@ def retained_picture(report: TransferReport) -> Image.Image:
         y = top + height - round(share * height)
         draw.line((left, y, left + plot, y), fill=EMPTY)
         _text(draw, (left - 8, y), f"{share:.0%}", 12, anchor="rm")
-    stage, start = "", left
+    stage, free = "", left
     for i, row in enumerate(report.rows):
         x = left + i * bar
         kept = min(row.retained_energy, 1) if math.isfinite(row.retained_energy) else 0
@@ -88,10 +88,11 @@ def retained_picture(report: TransferReport) -> Image.Image:
         draw.rectangle((x, top + height - tall, x + bar - 1, top + height), fill=ink)
         now = re.sub(r"^unet\.(\w+?(_blocks\.\d+|_block)?)\..*|^(\w+)\..*", r"\1\3", row.source)
         if now != stage:
+            stage = now
             draw.line((x, top + height, x, top + height + 6), fill=INK)
-            stage, start = now, x if x - start >= 90 or not i else start
-            if start == x:
+            if x >= free:
                 _text(draw, (x, top + height + 8), now, 11)
+                free = x + 8 + round(draw.textlength(now, ImageFont.load_default(11)))
     y = top + height + 46
     for x, ink, words in ((left, ARRIVED_INK, "kept by the layer"), (left + 180, LOST_INK, "no update")):
         draw.rectangle((x, y, x + 12, y + 12), fill=ink)

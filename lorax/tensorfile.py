@@ -138,11 +138,12 @@ def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
     return out
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, overwrite: bool = True) -> None:
     """Write `content` to a temporary name beside `path`, then rename: whole or not at all.
 
     Raises:
-        OutputError: The disk is full or the folder cannot be written; nothing is left behind.
+        OutputError: The disk is full, the folder cannot be written, or the file is there and `overwrite` is False;
+            nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -150,7 +151,10 @@ def write_bytes(path: Path, content: bytes) -> None:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(temporary, path)
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
     except OSError as error:
         fix = "free space or choose another folder"
         raise OutputError("cannot write the output", f"{path}: {error.strerror}", fix) from error

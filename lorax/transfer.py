@@ -71,6 +71,7 @@ def transfer_adapter(
         raise OptionError("the threshold is out of range", str(threshold), "give a number below 1")
     check_rank(rank, [*source.layers.values(), *target.layers.values()])
     rank = RANK if rank is None else rank
+    adapter = adapter.resolved(source)
     _check_belongs(adapter, source, target)
     options = _Options(method, rank, threshold, output_format, dtype, device, _scores(similarity))
     report = TransferReport(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,16 @@ class LoraLayer:
         """Return `B [m, k]` (the scale included) and `A [k, n]` in float32 on `device`: `delta_weight = B A`."""
         B = self.lora_up.to(device, torch.float32).reshape(-1, self.rank) * self.scale
         return B, self.lora_down.to(device, torch.float32).reshape(self.rank, -1)
+
+    def shaped(self, shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+        """Return `lora_up` and `lora_down` as programs expect them for a weight: 4D for a convolution.
+
+        Args:
+            shape: Shape of the weight; None takes that of `layer`.
+        """
+        shape = shape or self.layer.shape
+        up = self.lora_up.reshape(shape[0], self.rank, *[1] * len(shape[2:]))
+        return up, self.lora_down.reshape(self.rank, *shape[1:])
 
     def delta_weight(self) -> Tensor:
         """Return the dense update `[m, n]` in float32 (for inspection: the package itself never forms it)."""
@@ -114,7 +124,7 @@ class LoraXLayer:
 AdapterLayer = LoraLayer | LoraXLayer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """An adapter: its layers by name, and what its file held beyond them.
 
@@ -144,6 +154,16 @@ class Adapter:
     def ranks(self) -> Counter[int]:
         """How many layers have each rank."""
         return Counter(layer.rank for layer in self.layers.values())
+
+    def resolved(self, base: Base) -> "Adapter":
+        """Return the adapter with its layers named as `base` names them, where it knows them by another spelling."""
+        layers: dict[str, AdapterLayer] = {}
+        for name, own in self.layers.items():
+            found = None if name in base.layers else base.layers.find(own.layer.component, own.layer.path)
+            if found is not None:
+                own = replace(own, layer=replace(own.layer, name=found.name, ldm=found.ldm))
+            layers.setdefault(own.layer.name, own)
+        return replace(self, layers=layers)
 
 
 def expand(layer: AdapterLayer, source: Base | None, device: str = "cpu") -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ def save_adapter(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     inputs: Sequence[Path] = (),
+    overwrite: bool = True,
 ) -> None:
     """Write an adapter as safetensors, whole or not at all; the same adapter always gives the same bytes.
 
@@ -41,6 +42,7 @@ def save_adapter(
         dtype: The dtype to store; None keeps each layer's own.
         metadata: Added to the adapter's own metadata.
         inputs: Files that must not be replaced.
+        overwrite: Whether another file of this name may be replaced.
 
     Raises:
         OptionError: `naming` is unknown.
@@ -60,7 +62,7 @@ def save_adapter(
             fingerprints[layer.layer.name] = layer.fingerprint
             continue
         store = dtype or layer.dtype
-        up, down = shaped(layer)
+        up, down = layer.shaped()
         if naming == "kohya":
             module = kohya_module(layer.layer, adapter.family)
             alpha = layer.rank if layer.alpha is None else layer.alpha
@@ -80,14 +82,7 @@ def save_adapter(
             "base_family": adapter.family.name if adapter.family else "",
             "rank": str(max(adapter.ranks)),
         }
-    write_bytes(out, serialize(tensors, header))
-
-
-def shaped(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """Return `lora_up` and `lora_down` with the shapes that programs expect for the layer: 4D for a convolution."""
-    shape = layer.layer.shape
-    up = layer.lora_up.reshape(shape[0], layer.rank, *[1] * len(shape[2:]))
-    return up, layer.lora_down.reshape(layer.rank, *shape[1:])
+    write_bytes(out, serialize(tensors, header), overwrite=overwrite)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:

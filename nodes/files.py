@@ -1,0 +1,130 @@
+"""Nodes that read and write adapter files."""
+
+import os
+
+from ..lorax.adapters import Adapter, LoraXLayer, load_adapter, save_adapter
+from ..lorax.convert import convert_to_lora
+from ..lorax.errors import OptionError
+from . import host
+from .host import io, ui
+from .types import CATEGORY, AdapterPort
+
+FORMS = ("LoRA, kohya names", "LoRA, diffusers names", "LoRA-X")
+
+
+class LoraXLoader(io.ComfyNode):
+    """Read an adapter file."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node to the host."""
+        return io.Schema(
+            node_id="LoraXLoader",
+            display_name="LoRA-X Loader",
+            category=CATEGORY,
+            description="Reads a LoRA or LoRA-X file so that it can be moved to another base model.",
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=host.adapter_files(),
+                    tooltip="A LoRA or LoRA-X file from the loras folders. Press R to see new files.",
+                )
+            ],
+            outputs=[
+                AdapterPort.Output(display_name="adapter", tooltip="The adapter, not yet applied to anything."),
+                io.String.Output(
+                    display_name="summary", tooltip="Format, base family, layers, ranks, what is not used."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name):
+        """Read the file again when it changed."""
+        state = os.stat(host.adapter_path(lora_name))
+        return f"{state.st_mtime_ns}:{state.st_size}"
+
+    @classmethod
+    def execute(cls, lora_name):
+        """Read it."""
+        adapter = load_adapter(host.adapter_path(lora_name))
+        text = summary(adapter)
+        host.show(text, cls.hidden.unique_id)
+        return io.NodeOutput(adapter, text, ui=ui.PreviewText(text))
+
+
+class LoraXSave(io.ComfyNode):
+    """Write an adapter file."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node to the host."""
+        return io.Schema(
+            node_id="LoraXSave",
+            display_name="Save LoRA-X",
+            category=CATEGORY,
+            description="Writes an adapter as a file that every LoRA loader reads, or as LoRA-X. Never over another file.",
+            inputs=[
+                AdapterPort.Input("adapter", tooltip="The adapter to write."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="lorax/adapter",
+                    tooltip="Name below the folder, with subfolders if wanted. A number is added.",
+                ),
+                io.Combo.Input(
+                    "form",
+                    options=list(FORMS),
+                    default=FORMS[0],
+                    tooltip="kohya names: for ComfyUI, A1111, Forge. diffusers names: for diffusers and PEFT. LoRA-X: singular "
+                    "values only, which means something only with its own base model.",
+                ),
+                io.Combo.Input(
+                    "folder", options=["loras", "output"], default="loras", tooltip="The host's folder to write below."
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The adapter's own base model; needed only to write a LoRA-X adapter as a LoRA.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, adapter, filename_prefix, form, folder, model=None):
+        """Write it."""
+        if form not in FORMS:
+            raise OptionError("unknown form of file", str(form), f"choose one of {'; '.join(FORMS)}")
+        wanted = "lora-x" if form == FORMS[2] else "lora"
+        if adapter.kind != wanted:
+            adapter = _in_form(adapter, wanted, model)
+        naming = "diffusers" if form == FORMS[1] else "kohya"
+        path = host.free_path(folder, filename_prefix)
+        save_adapter(adapter, path, naming=naming, overwrite=False)
+        host.show(path, cls.hidden.unique_id)
+        return io.NodeOutput(path, ui=ui.PreviewText(path))
+
+
+def _in_form(adapter: Adapter, wanted: str, model: object) -> Adapter:
+    if wanted == "lora-x":
+        raise OptionError("this adapter is not a LoRA-X", adapter.name, "put Convert to LoRA-X before this node")
+    if model is None:
+        raise OptionError("a LoRA-X needs its base model to become a LoRA", adapter.name, "connect the model input")
+    base = host.open_model(model)
+    return host.compute(lambda device, progress: convert_to_lora(adapter, base, device=device, progress=progress), 1)
+
+
+def summary(adapter: Adapter) -> str:
+    """Return what there is to know about an adapter, in a few lines."""
+    family = adapter.family.label if adapter.family else "unknown base family"
+    ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(adapter.ranks.items()))
+    lines = [f"{adapter.name}: {adapter.kind}, {adapter.naming} names, {family}", f"rank {ranks}"]
+    if adapter.unused:
+        key, why = next(iter(adapter.unused.items()))
+        lines.append(f"not used: {len(adapter.unused)} tensors, the first {key}: {why}")
+    if any(isinstance(layer, LoraXLayer) for layer in adapter.layers.values()):
+        lines.append("needs its own base model as source")
+    return "\n".join(lines)

@@ -1,0 +1,233 @@
+"""The only file that knows ComfyUI: its models, devices, folders, progress and cancel button."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import comfy.lora
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..lorax.adapters import Adapter, LoraLayer
+from ..lorax.base import Base, loaded_base
+from ..lorax.errors import FormatError, MismatchError, OutputError
+from ..lorax.layers import Layer
+from ..lorax.progress import Progress
+
+UNET = "diffusion_model."
+# The host's names of CLIP-L and CLIP-G, and ours.
+TEXT_ENCODERS = {"clip_l.transformer.": "text_encoder", "clip_g.transformer.": "text_encoder_2"}
+# Room to make on the GPU for one layer: the largest weight of SDXL, 10240 x 1280, in float64, six times.
+WORKSPACE_BYTES = 640 * 2**20
+
+Result = TypeVar("Result")
+
+
+def __getattr__(name: str) -> Any:
+    """Give the node API (`io`, `ui`, `ComfyExtension`) on demand: hosts of before 2025 have none."""
+    if name in ("io", "ui", "ComfyExtension"):
+        from comfy_api import latest
+
+        return getattr(latest, name)
+    raise AttributeError(name)
+
+
+def weight_of(patcher: Any, key: str) -> Tensor:
+    """Return the weight that the sampler would use: dequantised, with its patches, a float32 copy on the CPU.
+
+    Args:
+        patcher: A MODEL, or the patcher of a CLIP.
+        key: Name of a parameter of `patcher.model`.
+    """
+    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    # While a model is loaded with patches, its own weights wait in a backup.
+    if (backup := patcher.backup.get(key)) is not None:
+        weight = backup.weight
+    if (backup := getattr(patcher, "hook_backup", {}).get(key)) is not None:
+        weight = backup[0]
+    if hasattr(weight, "dequantize") and type(weight).__name__ == "QuantizedTensor":
+        weight = weight.detach().to("cpu").dequantize().to(torch.float32)
+    else:
+        weight = management.cast_to_device(weight.detach(), torch.device("cpu"), torch.float32, copy=True)
+        if convert is not None:
+            weight = convert(weight, inplace=True)
+    patches = patcher.patches.get(key)
+    return comfy.lora.calculate_weight(patches, weight, key, intermediate_dtype=torch.float32) if patches else weight
+
+
+def open_model(model: Any, clip: Any = None) -> Base:
+    """Return a MODEL, and a CLIP if there is one, as a base whose weights are read one at a time.
+
+    Raises:
+        FormatError: The MODEL has no U-Net of a known family; the kinds of layer that were seen are named.
+    """
+    name = type(getattr(model.model, "model_config", model.model)).__name__
+    unet = _modules(model, UNET)
+    encoders = {
+        component: shapes
+        for prefix, component in TEXT_ENCODERS.items()
+        if clip is not None and (shapes := _modules(clip.patcher, prefix, "text_model.encoder.layers."))
+    }
+
+    def read(layer: Layer) -> Tensor:
+        if layer.component == "unet":
+            return weight_of(model, model_key(layer))
+        return weight_of(clip.patcher, model_key(layer))
+
+    return loaded_base(name, unet, encoders, read)
+
+
+def model_key(layer: Layer) -> str:
+    """Return the name of a layer's weight in the host's MODEL or CLIP."""
+    if layer.component == "unet":
+        return f"{UNET}{layer.ldm}.weight"
+    prefix = next(prefix for prefix, component in TEXT_ENCODERS.items() if component == layer.component)
+    return f"{prefix}{layer.path}.weight"
+
+
+def _modules(patcher: Any, prefix: str, inner: str = "") -> dict[str, tuple[int, ...]]:
+    return {
+        name.removeprefix(prefix).removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in patcher.model.named_parameters()
+        if name.startswith(prefix + inner) and name.endswith(".weight")
+    }
+
+
+def apply_adapter(model: Any, clip: Any, adapter: Adapter, strength: float) -> tuple[Any, Any, list[str]]:
+    """Return copies of MODEL and CLIP with the adapter as patches of the host's own kind.
+
+    Strengths add up with other LoRA nodes, saving bakes the patches, unloading takes them off.
+
+    Args:
+        model: MODEL.
+        clip: CLIP or None.
+        adapter: LoRA layers.
+        strength: Factor of the update.
+
+    Returns:
+        Patched MODEL, patched CLIP (or None), and the names of the layers that found no place.
+
+    Raises:
+        MismatchError: Not one layer found its place.
+    """
+    base = open_model(model, clip)
+    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text": {}}
+    keys: dict[str, dict[str, str]] = {"unet": {}, "text": {}}
+    missing: list[str] = []
+    for name, own in adapter.resolved(base).layers.items():
+        layer = base.layers.get(name)
+        if layer is None or not isinstance(own, LoraLayer) or own.layer.matrix_shape != layer.matrix_shape:
+            missing.append(name)
+            continue
+        part = "unet" if layer.component == "unet" else "text"
+        keys[part][name] = model_key(layer)
+        up, down = own.shaped(layer.shape)
+        parts[part] |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        if own.alpha is not None:
+            parts[part][f"{name}.alpha"] = torch.tensor(own.alpha)
+    patched = model.clone()
+    done = _patch(patched, parts["unet"], keys["unet"], strength)
+    patched_clip = clip.clone() if clip is not None else None
+    if patched_clip is not None:
+        done += _patch(patched_clip, parts["text"], keys["text"], strength)
+    if not done:
+        first = next(iter(adapter.layers), "nothing")
+        got = f"{adapter.name} with layers such as {first} on {base.name} ({base.family.label})"
+        raise MismatchError("no layer of the adapter fits the model", got, "transfer it to this model first")
+    return patched, patched_clip, missing
+
+
+def _patch(target: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, str], strength: float) -> int:
+    if not keys:
+        return 0
+    patches = comfy.lora.load_lora(dict(tensors), dict(keys))
+    applied = set(target.add_patches(patches, strength))
+    if lost := set(keys.values()) - applied:
+        raise MismatchError("the host did not take a patch", sorted(lost)[0], "report this with the ComfyUI version")
+    return len(applied)
+
+
+def compute(work: Callable[[str, Progress], Result], steps: int) -> Result:
+    """Run `work(device, progress)` on the host's device, with its progress bar and its cancel button.
+
+    Out of GPU memory, the work is done again on the CPU.
+
+    Args:
+        work: Computes something; calls `progress` often.
+        steps: How many steps there will be, about.
+    """
+    bar = comfy.utils.ProgressBar(steps)
+
+    def progress(done: int, total: int, what: str) -> None:
+        management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    device = management.get_torch_device()
+    if device.type == "cpu":
+        return work("cpu", progress)
+    try:
+        management.free_memory(WORKSPACE_BYTES, device)
+        return work(str(device), progress)
+    except management.OOM_EXCEPTION:
+        management.soft_empty_cache()
+        return work("cpu", progress)
+    finally:
+        management.soft_empty_cache()
+
+
+def adapter_files() -> list[str]:
+    """Return the names of the files in the host's `loras` folders."""
+    import folder_paths
+
+    return folder_paths.get_filename_list("loras")
+
+
+def adapter_path(name: str) -> str:
+    """Return the path of a file in the host's `loras` folders.
+
+    Raises:
+        FormatError: There is no such file.
+    """
+    import folder_paths
+
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise FormatError("no such file in the loras folders", name, "refresh the node list (R) and choose again")
+    return path
+
+
+def free_path(folder: str, prefix: str) -> str:
+    """Return a path that does not exist yet, `<prefix>_00001_.safetensors` below a folder of the host.
+
+    Args:
+        folder: `output` or `loras`.
+        prefix: Name, with subfolders if wanted; never outside the folder.
+
+    Raises:
+        OutputError: The name leads outside the folder, or the folder cannot be written.
+    """
+    import folder_paths
+
+    root = folder_paths.get_output_directory() if folder == "output" else folder_paths.get_folder_paths("loras")[0]
+    inside, name = os.path.realpath(root), os.path.realpath(os.path.join(root, prefix))
+    if os.path.commonpath([inside, name]) != inside or name == inside or not os.path.basename(prefix):
+        raise OutputError("a name outside the host's folders", prefix, f"give a name below {folder}")
+    try:
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+    except OSError as error:
+        raise OutputError("cannot make the folder", f"{prefix}: {error.strerror}", "choose another name") from error
+    count = 1
+    while os.path.exists(path := f"{name}_{count:05}_.safetensors"):
+        count += 1
+    return path
+
+
+def show(text: str, node_id: str | None) -> None:
+    """Show text on the face of a node while the graph runs."""
+    from server import PromptServer
+
+    if node_id is not None:
+        PromptServer.instance.send_progress_text(text, node_id)

@@ -1,0 +1,92 @@
+"""The node that compares two models."""
+
+import json
+import math
+
+import numpy as np
+import torch
+
+from ..lorax.pictures import similarity_picture
+from ..lorax.report import similarity_json
+from ..lorax.similarity import Similarity, compare_bases
+from . import host
+from .host import io
+from .types import CATEGORY, SimilarityPort
+
+LAYERS = ("attention", "all")
+
+
+class LoraXSimilarity(io.ComfyNode):
+    """Compare the subspaces of two models."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node to the host."""
+        return io.Schema(
+            node_id="LoraXSimilarity",
+            display_name="Subspace Similarity",
+            category=CATEGORY,
+            description="Compares every layer of one model with every layer of its kind of another. Bright: the same subspace.",
+            inputs=[
+                io.Model.Input("source", tooltip="The base model that an adapter was made for."),
+                io.Model.Input("target", tooltip="The base model that it shall move to."),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    tooltip="Compare only so many leading directions. 0 compares whole layers, and is fastest.",
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYERS),
+                    default=LAYERS[0],
+                    tooltip="attention: the projections where most adapters live. all: feed-forward and convolutions too.",
+                ),
+            ],
+            outputs=[
+                SimilarityPort.Output(display_name="similarity", tooltip="For LoRA-X Transfer of the same two models."),
+                io.Image.Output(display_name="heatmap", tooltip="Source layers down, target layers across."),
+                io.String.Output(
+                    display_name="report", tooltip="Mean similarity of the layers of equal name, by kind."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, source, target, rank, layers):
+        """Compare them."""
+        base_s, base_t = host.open_model(source), host.open_model(target)
+        result = host.compute(
+            lambda device, progress: compare_bases(
+                base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], device=device, progress=progress
+            ),
+            len(base_s.layers) + len(base_t.layers),
+        )
+        text = describe(result)
+        host.show(text, cls.hidden.unique_id)
+        numbers = json.dumps(similarity_json(result), separators=(",", ":"))
+        return io.NodeOutput(result, picture(result), text, ui={"text": [text], "lorax_similarity": [numbers]})
+
+
+def picture(similarity: Similarity) -> torch.Tensor:
+    """Return the heat map as the host's IMAGE: `[1, height, width, 3]`, float32 from 0 to 1."""
+    return torch.from_numpy(np.asarray(similarity_picture(similarity), dtype=np.float32) / 255)[None]
+
+
+def describe(similarity: Similarity) -> str:
+    """Return the mean corrected similarity of the layers of equal name, a line for each kind."""
+    lines: list[str] = []
+    for kind in similarity.kinds:
+        place = {layer.name: j for j, layer in enumerate(kind.targets)}
+        values = [
+            scores[i][place[layer.name]].corrected
+            for scores in (kind.left, kind.right)
+            for i, layer in enumerate(kind.sources)
+            if layer.name in place
+        ]
+        finite = [value for value in values if math.isfinite(value)]
+        lines.append(f"{kind.kind}: " + (f"{sum(finite) / len(finite):.3f}" if finite else "no layers of equal name"))
+    return "\n".join(lines)

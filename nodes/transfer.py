@@ -1,0 +1,199 @@
+"""Nodes that move, change and apply adapters."""
+
+from weakref import WeakKeyDictionary, ref
+
+from ..lorax.adapters import Adapter, LoraXLayer
+from ..lorax.convert import convert_to_lora, convert_to_lora_x
+from ..lorax.methods import METHODS
+from ..lorax.report import WEAK
+from ..lorax.transfer import transfer_adapter
+from . import host
+from .host import io, ui
+from .types import CATEGORY, AdapterPort, SimilarityPort, rank_input
+
+# Adapter -> (model, its patches, the adapter expanded on it): changing the strength never decomposes again.
+_expanded: "WeakKeyDictionary[Adapter, tuple[ref, object, Adapter]]" = WeakKeyDictionary()
+
+
+class LoraXTransfer(io.ComfyNode):
+    """Move an adapter to another base model."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node to the host."""
+        return io.Schema(
+            node_id="LoraXTransfer",
+            display_name="LoRA-X Transfer",
+            category=CATEGORY,
+            description="Moves an adapter from the base model it was made for to another, without training. Reports what "
+            "arrived before anything is sampled.",
+            inputs=[
+                AdapterPort.Input("adapter", tooltip="From the LoRA-X Loader."),
+                io.Model.Input("source", tooltip="The base model that the adapter was made for."),
+                io.Model.Input("target", tooltip="The base model that it shall work on."),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="auto",
+                    tooltip="auto: project for LoRA-X, copy for ordinary LoRA, align where the width changes.",
+                ),
+                rank_input(
+                    "Leading singular directions that count, for all methods but copy. A smaller layer uses all."
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.0,
+                    min=-10.0,
+                    max=0.99,
+                    step=0.01,
+                    tooltip="A layer gets the update when its similarity, chance taken off, is above this. 0 is chance.",
+                ),
+                SimilarityPort.Input(
+                    "similarity",
+                    optional=True,
+                    tooltip="From Subspace Similarity of the same two models: saves comparing again.",
+                ),
+                io.Clip.Input(
+                    "source_clip", optional=True, tooltip="Text encoder of the source, to move those layers too."
+                ),
+                io.Clip.Input(
+                    "target_clip", optional=True, tooltip="Text encoder of the target, to move those layers too."
+                ),
+            ],
+            outputs=[
+                AdapterPort.Output(display_name="adapter", tooltip="The adapter for the target."),
+                io.String.Output(display_name="report", tooltip="What arrived, what did not and why."),
+                io.Float.Output(
+                    display_name="suggested_strength",
+                    tooltip="Makes up for what was lost; connect it to Apply if you like.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, adapter, source, target, method, rank, threshold, similarity=None, source_clip=None, target_clip=None
+    ):
+        """Move it."""
+        base_s, base_t = host.open_model(source, source_clip), host.open_model(target, target_clip)
+        most = max(min(layer.matrix_shape) for base in (base_s, base_t) for layer in base.layers.values())
+        moved, report = host.compute(
+            lambda device, progress: transfer_adapter(
+                adapter,
+                base_s,
+                base_t,
+                method=method,
+                rank=min(rank, most),
+                threshold=threshold,
+                similarity=similarity,
+                device=device,
+                progress=progress,
+            ),
+            len(adapter.layers),
+        )
+        text = "\n".join([report.summary, *(f"warning: {warning}" for warning in report.warnings)])
+        host.show(text, cls.hidden.unique_id)
+        return io.NodeOutput(moved, text, report.suggested_strength, ui=ui.PreviewText(text))
+
+
+class LoraXApply(io.ComfyNode):
+    """Patch a model with an adapter."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node to the host."""
+        return io.Schema(
+            node_id="LoraXApply",
+            display_name="Apply Transferred LoRA-X",
+            category=CATEGORY,
+            description="Patches a model with an adapter, as LoRA loaders do: strengths add up, saving bakes it.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the adapter now fits."),
+                AdapterPort.Input("adapter", tooltip="A transferred adapter, or one on its own base model."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Factor of the update. Changing it computes nothing again.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Text encoder, for an adapter that has layers for it."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The patched model, for a sampler."),
+                io.Clip.Output(display_name="CLIP", tooltip="The patched text encoder; nothing if none was given."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, adapter, strength, clip=None):
+        """Patch it."""
+        patched, patched_clip, missing = host.apply_adapter(model, clip, _expand(adapter, model, clip), strength)
+        text = f"{len(adapter.layers) - len(missing)} of {len(adapter.layers)} layers applied"
+        if missing:
+            text += f"; no place for {len(missing)}, the first {missing[0]}"
+        host.show(text, cls.hidden.unique_id)
+        return io.NodeOutput(patched, patched_clip, ui=ui.PreviewText(text))
+
+
+class LoraXConvert(io.ComfyNode):
+    """Project an adapter onto its own base model."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node to the host."""
+        return io.Schema(
+            node_id="LoraXConvert",
+            display_name="Convert to LoRA-X",
+            category=CATEGORY,
+            description="Projects an ordinary LoRA onto its own base model: only changes of singular values are left.",
+            inputs=[
+                AdapterPort.Input("adapter", tooltip="From the LoRA-X Loader."),
+                io.Model.Input("source", tooltip="The base model that the adapter was made for."),
+                rank_input("Singular values that may move in each layer."),
+                io.Clip.Input("source_clip", optional=True, tooltip="Its text encoder, to convert those layers too."),
+            ],
+            outputs=[
+                AdapterPort.Output(display_name="adapter", tooltip="The LoRA-X adapter."),
+                io.String.Output(display_name="report", tooltip="How much of the update is left."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, adapter, source, rank, source_clip=None):
+        """Project it."""
+        base = host.open_model(source, source_clip)
+        most = max(min(layer.matrix_shape) for layer in base.layers.values())
+        converted, shares = host.compute(
+            lambda device, progress: convert_to_lora_x(
+                adapter, base, rank=min(rank, most), device=device, progress=progress
+            ),
+            len(adapter.layers),
+        )
+        kept = [share for share in shares.values() if share == share]
+        mean = sum(kept) / len(kept) if kept else 0.0
+        text = f"{len(shares)} layers converted, {mean:.0%} of the norm kept on average"
+        if mean < WEAK:
+            text += "\nwarning: little of an ordinary LoRA is a change of singular values; keep the LoRA too"
+        host.show(text, cls.hidden.unique_id)
+        return io.NodeOutput(converted, text, ui=ui.PreviewText(text))
+
+
+def _expand(adapter: Adapter, model, clip) -> Adapter:
+    """Return the adapter with its LoRA-X layers expanded on the model, from memory where that was done before."""
+    if not any(isinstance(layer, LoraXLayer) for layer in adapter.layers.values()):
+        return adapter
+    patches = (model.patches_uuid, clip.patcher.patches_uuid if clip is not None else None)
+    known = _expanded.get(adapter)
+    if known is not None and known[0]() is model.model and known[1] == patches:
+        return known[2]
+    base = host.open_model(model, clip)
+    expanded = host.compute(
+        lambda device, progress: convert_to_lora(adapter, base, device=device, progress=progress), len(adapter.layers)
+    )
+    _expanded[adapter] = (ref(model.model), patches, expanded)
+    return expanded

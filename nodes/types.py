@@ -1,0 +1,13 @@
+"""The sockets that are ours."""
+
+from .host import io
+
+CATEGORY = "LoRA-X"
+
+AdapterPort = io.Custom("LORAX_ADAPTER")
+SimilarityPort = io.Custom("LORAX_SIMILARITY")
+
+
+def rank_input(tooltip: str) -> object:
+    """Return the rank widget that several nodes share."""
+    return io.Int.Input("rank", default=320, min=1, max=16384, tooltip=tooltip)
