@@ -9,8 +9,9 @@ help:  ## Show this list
 demo: .venv/.cli  ## Transfer an adapter between two made base models; results in demo/out
 	$(BIN)/python -m demo
 
-test: .venv/.dev  ## Run the tests
+test: .venv/.dev  ## Run the tests, and those inside ComfyUI (its library always, a real server where one is found)
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -c tests/host/pytest.ini tests/host
 
 check: .venv/.dev  ## Format, lint, types, import boundaries, tests
 	$(BIN)/ruff format --check .
@@ -39,4 +40,5 @@ clean:  ## Remove .venv and everything that was made
 .venv/.dev: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/notcomfy notcomfy==0.1.0
 	@touch $@ .venv/.cli

@@ -78,7 +78,6 @@ def convert_to_lora_x(
         layers[name] = LoraXLayer(layer, delta, source.fingerprint(name))
         progress(done, len(adapter.layers), name)
     if not layers:
-        made_for = adapter.family.label if adapter.family else "an unknown family"
-        got = f"{adapter.name} (made for {made_for}) and {source.name} ({source.family.label})"
+        got = f"{adapter.name} and {source.name} ({source.family.label})"
         raise MismatchError("the adapter does not belong to the source base", got, "give the base that it was made for")
     return Adapter(adapter.name, source.family, adapter.naming, layers, unused, adapter.metadata), shares

@@ -118,7 +118,7 @@ def _scores(similarity: Similarity | None) -> dict[tuple[str, str], tuple[Score,
 
 
 def _check_belongs(adapter: Adapter, source: Base, target: Base) -> None:
-    """Refuse an adapter of another family or another base, and say so where source and target are swapped."""
+    """Refuse an adapter no layer of which is in the source, and say so where source and target are swapped."""
     layers = [own for own in adapter.layers.values() if own.layer.component in source.components]
     if not layers:
         return
@@ -129,12 +129,10 @@ def _check_belongs(adapter: Adapter, source: Base, target: Base) -> None:
         found = ((own.layer, base.layers.get(own.layer.name)) for own in layers)
         return sum(layer is not None and own.matrix_shape == layer.matrix_shape for own, layer in found)
 
-    fits = fitting(source)
-    if fits == 0 or (adapter.family not in (None, source.family) and 2 * fits < len(layers)):
-        made_for = adapter.family.label if adapter.family else "an unknown family"
+    if not (fits := fitting(source)):
         raise MismatchError(
             "the adapter does not belong to the source base",
-            f"{adapter.name} (made for {made_for}) and {source.name} ({source.family.label})",
+            f"{adapter.name} and {source.name} ({source.family.label})",
             "swap source and target" if fitting(target) > fits else "give the base that it was made for",
         )
 

@@ -50,18 +50,22 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None) -> Adap
     alpha_of = _configured_alpha(file)
     fingerprints = _fingerprints(file) if naming == "lora-x" else {}
     layers: dict[str, AdapterLayer] = {}
+    spellings: dict[str, str] = {}
     for module, keys in complete.items():
         layer = _resolve(module, shapes[module], base, family, naming)
         problem = _problem(file, keys, layer, layers)
         if problem:
             unused |= {key: problem for key in keys.values()}
-        elif "delta" in keys:
+            continue
+        if naming != "indexed":
+            spellings[layer.name] = module[1]
+        if "delta" in keys:
             layers[layer.name] = LoraXLayer(layer, _finite(file, keys["delta"]), fingerprints.get(layer.name, ""))
         else:
             up, down = _finite(file, keys["up"]), _finite(file, keys["down"])
             alpha = float(_finite(file, keys["alpha"])) if "alpha" in keys else alpha_of(module[1], down.shape[0])
             layers[layer.name] = LoraLayer(layer, up, down, alpha)
-    return Adapter(file.path.name, family, naming, layers, unused, file.metadata)
+    return Adapter(file.path.name, family, naming, layers, unused, file.metadata, spellings)
 
 
 def _group(file: TensorFile) -> tuple[dict[Module, dict[str, str]], str, dict[str, str]]:
@@ -111,6 +115,9 @@ def _family(shapes: Mapping[Module, tuple[int, ...]], naming: str, base: Base | 
             for layer, shape in found
         )
 
+    widths = {shape[1] for (_, path), shape in shapes.items() if shape and path.endswith(("attn2.to_k", "attn2_to_k"))}
+    if widths:
+        return next((family for family in families().values() if widths == {family.unet.context_dim}), None)
     fits = {family: fitting(lambda module, f=family: _find(module, f, naming)) for family in families().values()}
     best = max(fits, key=lambda family: fits[family])
     if base is not None and naming != "indexed" and fitting(lambda module: base.layers.find(*module)) >= fits[best]:

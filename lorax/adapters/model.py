@@ -135,6 +135,7 @@ class Adapter:
         layers: The update of each layer, by layer name.
         unused: What else was in the file, key -> why it is not used.
         metadata: The file's own metadata.
+        spellings: Module path of each layer as the file spells it, by layer name.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Adapter:
     layers: Mapping[str, AdapterLayer]
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    spellings: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def kind(self) -> str:
@@ -156,14 +158,33 @@ class Adapter:
         return Counter(layer.rank for layer in self.layers.values())
 
     def resolved(self, base: Base) -> "Adapter":
-        """Return the adapter with its layers named as `base` names them, where it knows them by another spelling."""
+        """Return the adapter with its layers named as its own base names them.
+
+        A file that was read without its base was named by the full-size model of its family, whose blocks may be
+        numbered otherwise; what counts is the spelling in the file.
+
+        Raises:
+            MismatchError: The adapter is of another family: its cross-attention reads another text width.
+        """
+        widths = {
+            own.layer.matrix_shape[1]
+            for own in self.layers.values()
+            if isinstance(own, LoraLayer) and own.layer.name.endswith(("attn2.to_k", "attn2_to_k"))
+        }
+        if widths - {base.family.unet.context_dim}:
+            made_for = self.family.label if self.family else f"a family of text width {min(widths)}"
+            raise MismatchError(
+                "the adapter and the base model are of different families",
+                f"{self.name} (made for {made_for}) and {base.name} ({base.family.label})",
+                "give the base that it was made for (are source and target swapped?)",
+            )
         layers: dict[str, AdapterLayer] = {}
         for name, own in self.layers.items():
-            found = None if name in base.layers else base.layers.find(own.layer.component, own.layer.path)
+            found = base.layers.find(own.layer.component, self.spellings.get(name, own.layer.path))
             if found is not None:
                 own = replace(own, layer=replace(own.layer, name=found.name, ldm=found.ldm))
             layers.setdefault(own.layer.name, own)
-        return replace(self, layers=layers)
+        return replace(self, layers=layers, spellings={})
 
 
 def expand(layer: AdapterLayer, source: Base | None, device: str = "cpu") -> tuple[Tensor, Tensor]:

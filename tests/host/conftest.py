@@ -26,7 +26,9 @@ def pytest_report_header() -> list[str]:
     version = "not found (set COMFYUI_PATH and COMFYUI_PYTHON): that tier is skipped"
     if found:
         show = "from comfyui_version import __version__ as v; print(v)"
-        version = f"{subprocess.check_output([found[1], '-c', show], cwd=found[0], text=True).strip()} at {found[0].name}"
+        version = (
+            f"{subprocess.check_output([found[1], '-c', show], cwd=found[0], text=True).strip()} at {found[0].name}"
+        )
     return [f"host library: {'notcomfy 0.1.0' if LIBRARY.is_dir() else 'not installed'}", f"real ComfyUI: {version}"]
 
 

@@ -1,0 +1,257 @@
+"""`nodes/host.py` and our adapters against ComfyUI's own library: the real ModelPatcher, LoRA loader and samplers.
+
+The library is ComfyUI of November 2024 from the package registry. It has no server and no node API, so the pack's node
+classes are not imported here.
+"""
+
+import importlib
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import LIBRARY, ROOT
+from safetensors.torch import load_file, save_file
+
+if not LIBRARY.is_dir():
+    pytest.skip("ComfyUI's library is not installed (make install)", allow_module_level=True)
+
+sys.path[:0] = [str(LIBRARY), str(ROOT)]
+
+import comfy.cli_args
+
+comfy.cli_args.args.cpu = True
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.sample
+import comfy.sd
+import comfy.utils
+
+from demo.synthetic import base_tensors
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """The pack under another name, as the host loads it, without the node classes."""
+    for name, folder in (("lora_x_pack", ROOT), ("lora_x_pack.nodes", ROOT / "nodes")):
+        module = types.ModuleType(name)
+        module.__path__ = [str(folder)]
+        sys.modules[name] = module
+    return types.SimpleNamespace(
+        host=importlib.import_module("lora_x_pack.nodes.host"),
+        lorax=importlib.import_module("lora_x_pack.lorax"),
+        families=importlib.import_module("lora_x_pack.lorax.families").families(),
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(pack, tmp_path_factory):
+    """A small U-Net that the host detects as SD 1.5 (37 million parameters)."""
+    family = pack.families["sd1"]
+    small = {"channel_mult": (1, 1), "num_res_blocks": 1, "transformer_depth": (1, 1)}
+    family = replace(family, unet=replace(family.unet, **small), text_encoders=())
+    path = tmp_path_factory.mktemp("models") / "sd15.safetensors"
+    save_file(base_tensors(family, 1), path)
+    return path
+
+
+@pytest.fixture
+def model(checkpoint):
+    loaded, *_ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=False, output_clip=False)
+    return loaded
+
+
+@pytest.fixture
+def lora(pack, model, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file(lora_tensors(pack.host.open_model(model)), path)
+    return path
+
+
+def lora_tensors(base, rank=4, alpha=2.0):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in base.layers.values():
+        if layer.is_attention or layer.kind in ("conv1", "proj_in", "ff.net.proj"):
+            module = "lora_unet_" + layer.path.replace(".", "_")
+            tail = (1,) * len(layer.shape[2:])
+            up = torch.randn(layer.shape[0], rank, *tail, generator=generator)
+            tensors[f"{module}.lora_up.weight"] = 0.1 * up
+            tensors[f"{module}.lora_down.weight"] = torch.randn(rank, *layer.shape[1:], generator=generator) * 0.05
+            tensors[f"{module}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def sample(model):
+    generator = torch.Generator().manual_seed(3)
+    positive = [[torch.randn(1, 77, 768, generator=generator), {"pooled_output": torch.zeros(1, 1280)}]]
+    negative = [[torch.zeros(1, 77, 768), {"pooled_output": torch.zeros(1, 1280)}]]
+    latent = torch.zeros(1, 4, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, 1)
+    options = {"denoise": 1.0, "seed": 1, "disable_pbar": True}
+    return comfy.sample.sample(model, noise, 2, 2.0, "euler", "normal", positive, negative, latent, **options)
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.model.state_dict().items()}
+
+
+def stock(model, path, strength):
+    return comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(path)), strength, 0)[0]
+
+
+def test_a_model_is_the_base_that_its_file_is(pack, model, checkpoint):
+    ours, file = pack.host.open_model(model), pack.lorax.open_base(checkpoint)
+    assert dict(ours.layers) == dict(file.layers)
+    assert ours.family == file.family
+    for name in list(file.layers)[::7]:
+        assert torch.equal(ours.weight(name), file.weight(name))
+        assert ours.fingerprint(name) == file.fingerprint(name)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["on the shelf", "loaded with patches in place"])
+def test_effective_weights_have_the_patches_on_them(pack, model, lora, loaded):
+    patched = stock(model, lora, 0.7)
+    adapter = pack.lorax.load_adapter(lora, pack.host.open_model(model))
+    before = {name: pack.host.open_model(model).weight(name) for name in adapter.layers}
+    if loaded:
+        sample(patched)
+    for name, own in adapter.layers.items():
+        expected = before[name] + 0.7 * own.delta_weight()
+        torch.testing.assert_close(pack.host.open_model(patched).weight(name), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(pack.host.open_model(model).weight(name), before[name])
+
+
+def test_reading_weights_loads_nothing_and_changes_nothing(pack, model, lora):
+    patched = stock(model, lora, 1.0)
+    before = state(patched)
+    base = pack.host.open_model(patched)
+    for name in base.layers:
+        base.weight(name)
+    after = state(patched)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert not patched.backup
+
+
+def test_apply_changes_the_picture_and_strength_0_does_not(pack, model, lora):
+    adapter = pack.lorax.load_adapter(lora, pack.host.open_model(model))
+    plain = sample(model)
+    patched, _, missing = pack.host.apply_adapter(model, None, adapter, 1.0)
+    assert not missing
+    assert not torch.allclose(sample(patched), plain, atol=1e-3)
+    off, _, _ = pack.host.apply_adapter(model, None, adapter, 0.0)
+    assert torch.equal(sample(off), plain)
+
+
+def test_apply_equals_the_stock_loader_and_strengths_add_up(pack, model, lora):
+    adapter = pack.lorax.load_adapter(lora, pack.host.open_model(model))
+    half, _, _ = pack.host.apply_adapter(model, None, adapter, 0.5)
+    assert torch.equal(sample(half), sample(stock(model, lora, 0.5)))
+    both = stock(half, lora, 0.25)
+    torch.testing.assert_close(sample(both), sample(stock(model, lora, 0.75)), rtol=1e-4, atol=1e-4)
+
+
+def test_unpatching_restores_the_model_bit_by_bit(pack, model, lora):
+    before = state(model)
+    adapter = pack.lorax.load_adapter(lora, pack.host.open_model(model))
+    patched, _, _ = pack.host.apply_adapter(model, None, adapter, 1.0)
+    patched.patch_model()
+    changed = state(patched)
+    assert not all(torch.equal(changed[key], before[key]) for key in before)
+    patched.unpatch_model()
+    after = state(model)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_patching_a_model_of_another_family_is_refused(pack, model, tmp_path):
+    module = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{module}.lora_up.weight": torch.ones(640, 2), f"{module}.lora_down.weight": torch.ones(2, 2048)}
+    save_file(tensors, tmp_path / "xl.safetensors")
+    adapter = pack.lorax.load_adapter(tmp_path / "xl.safetensors")
+    with pytest.raises(pack.lorax.MismatchError, match="different families"):
+        pack.host.apply_adapter(model, None, adapter, 1.0)
+
+
+def test_an_adapter_that_fits_nowhere_is_an_error_and_not_an_unpatched_model(pack, model, tmp_path):
+    module = "lora_unet_down_blocks_3_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{module}.lora_up.weight": torch.ones(320, 2), f"{module}.lora_down.weight": torch.ones(2, 320)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = pack.lorax.load_adapter(tmp_path / "a.safetensors")
+    with pytest.raises(pack.lorax.MismatchError, match="fits the model"):
+        pack.host.apply_adapter(model, None, adapter, 1.0)
+
+
+def test_a_model_without_a_unet_names_the_layers_that_were_seen(pack):
+    """Audio and video models have other layers under the same prefix."""
+    module = torch.nn.Module()
+    module.diffusion_model = torch.nn.Module()
+    module.diffusion_model.speech_decoder = torch.nn.Linear(4, 4)
+    patcher = comfy.model_patcher.ModelPatcher(module, torch.device("cpu"), torch.device("cpu"))
+    with pytest.raises(pack.lorax.FormatError, match="speech_decoder"):
+        pack.host.open_model(patcher)
+
+
+def test_float8_weights_are_read_layer_by_layer(pack, checkpoint):
+    model = comfy.sd.load_diffusion_model(str(checkpoint), model_options={"dtype": torch.float8_e4m3fn})
+    base, file = pack.host.open_model(model), pack.lorax.open_base(checkpoint)
+    for name in list(file.layers)[3::11]:
+        stored = file.weight(name).to(torch.float8_e4m3fn).float()
+        assert torch.equal(base.weight(name), stored)
+
+
+KINDS = ["kohya", "diffusers by kohya", "transferred", "lora-x"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dense_update_is_the_one_that_the_host_computes(pack, model, lora, checkpoint, tmp_path, kind):
+    """Oracle: the host's own `load_lora` and weight calculation, on weights of zero."""
+    lorax, base = pack.lorax, pack.lorax.open_base(checkpoint)
+    adapter = lorax.load_adapter(lora, base)
+    if kind == "diffusers by kohya":
+        lorax.save_adapter(adapter, tmp_path / "d.safetensors", naming="diffusers")
+        adapter = lorax.load_adapter(tmp_path / "d.safetensors", base)
+    elif kind == "transferred":
+        adapter, _ = lorax.transfer_adapter(adapter, base, base, method="project", rank=100)
+    elif kind == "lora-x":
+        adapter = lorax.convert_to_lora(lorax.convert_to_lora_x(adapter, base, rank=32)[0], base)
+    lorax.save_adapter(adapter, tmp_path / "out.safetensors", naming="kohya")
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    patches = comfy.lora.load_lora(load_file(tmp_path / "out.safetensors"), keys)
+    assert len(patches) == len(adapter.layers) > 60
+    for name, own in adapter.layers.items():
+        key = pack.host.model_key(base.layers[name])
+        zero = torch.zeros(base.layers[name].shape)
+        theirs = comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], zero, key)
+        expected = own.delta_weight().reshape(zero.shape)
+        torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_out_of_gpu_memory_goes_on_with_the_cpu(pack, monkeypatch):
+    """There is no GPU here, so the device is a name and the host's own error is raised on it."""
+    management, devices = pack.host.management, []
+    monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda:0"))
+
+    def work(device, progress):
+        devices.append(device)
+        progress(1, 2, "a layer")
+        if device != "cpu":
+            raise management.OOM_EXCEPTION("no room")
+        return "done"
+
+    assert pack.host.compute(work, 2) == "done"
+    assert devices == ["cuda:0", "cpu"]
+
+
+def test_cancel_stops_the_work(pack):
+    management = pack.host.management
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        pack.host.compute(lambda device, progress: progress(1, 2, "a layer"), 2)

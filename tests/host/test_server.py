@@ -1,0 +1,302 @@
+"""The pack in a real ComfyUI server, in CPU mode, over its HTTP API."""
+
+import json
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from client import Host, to_prompt
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+NODES = ["LoraXLoader", "LoraXSimilarity", "LoraXTransfer", "LoraXApply", "LoraXConvert", "LoraXSave"]
+
+
+@pytest.fixture(scope="session")
+def host(real_host, tmp_path_factory):
+    path, python = real_host
+    base = tmp_path_factory.mktemp("comfy")
+    for folder in ("models", "input", "output", "temp", "user", "custom_nodes"):
+        (base / folder).mkdir()
+    subprocess.run([python, Path(__file__).with_name("make_models.py"), base / "models"], cwd=path, check=True)
+    (base / "models/loras/broken.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    (base / "custom_nodes/comfyui-lora-x").symlink_to(ROOT)
+    (base / "custom_nodes/testing_nodes").symlink_to(Path(__file__).with_name("testing_nodes"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = base / "log.txt"
+    words = ["main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
+    words += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
+    with log.open("w") as out:
+        server = subprocess.Popen([python, *words], cwd=path, stdout=out, stderr=subprocess.STDOUT)
+    found = Host(f"http://127.0.0.1:{port}", log)
+    try:
+        for _ in range(600):
+            try:
+                found.get("/system_stats")
+                break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.2)
+        found.base = base
+        yield found
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def info(host):
+    return host.json("/object_info")
+
+
+def transfer(strength=1.0, family="sd15", method="auto", source=None, target=None, adapter=None, rank=320):
+    """A prompt that moves a LoRA, samples two steps with it, and saves it and the latent."""
+    xl = family == "sdxl"
+    source = source or ("sdxl-base" if xl else "sd15-base")
+    target = target or ("ssd-1b" if xl else "sd15-tuned")
+    load = {"adapter": ["3", 0], "source": ["1", 0], "target": ["2", 0]}
+    return {
+        "1": node("CheckpointLoaderSimple", ckpt_name=f"{source}.safetensors"),
+        "2": node("CheckpointLoaderSimple", ckpt_name=f"{target}.safetensors"),
+        "3": node("LoraXLoader", lora_name=f"{adapter or family + '-style'}.safetensors"),
+        "4": node("LoraXTransfer", method=method, rank=rank, threshold=0.0, **load),
+        "5": node("LoraXApply", model=["2", 0], adapter=["4", 0], strength=strength),
+        **sampling("5", xl),
+    }
+
+
+def sampling(model, xl=False):
+    return {
+        "10": node("LoraXTestConditioning", seed=5, width=2048 if xl else 768),
+        "11": node("ConditioningZeroOut", conditioning=["10", 0]),
+        "12": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "13": node(
+            "KSampler",
+            model=[model, 0],
+            positive=["10", 0],
+            negative=["11", 0],
+            latent_image=["12", 0],
+            seed=1,
+            steps=2,
+            cfg=2.0,
+            sampler_name="euler",
+            scheduler="normal",
+            denoise=1.0,
+        ),
+        "14": node("SaveLatent", samples=["13", 0], filename_prefix="test/latent"),
+    }
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def save(**options):
+    return node(
+        "LoraXSave", **({"filename_prefix": "test/moved", "form": "LoRA, kohya names", "folder": "loras"} | options)
+    )
+
+
+@pytest.fixture(scope="session")
+def plain(host):
+    """The latents of the targets without an adapter."""
+    return {
+        target: host.run({"2": transfer(target=target)["2"], **sampling("2", target == "ssd-1b")}).latent()
+        for target in ("sd15-tuned", "sd15-base", "ssd-1b")
+    }
+
+
+def test_every_node_is_there_and_says_what_its_sockets_are(info):
+    for name in NODES:
+        described = info[name]
+        assert described["category"] == "LoRA-X"
+        assert described["display_name"]
+        assert described["description"]
+        inputs = described["input"].get("required", {}) | described["input"].get("optional", {})
+        assert all(len(spec) > 1 and spec[1].get("tooltip") for spec in inputs.values()), name
+        assert all(described["output_tooltips"]), name
+
+
+def test_the_pack_loads_at_once(host):
+    (seconds,) = re.findall(r"([\d.]+) seconds: \S*comfyui-lora-x", host.log.read_text())
+    assert float(seconds) <= 0.1
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_help_pages_are_served(host, name):
+    assert len(host.get(f"/extensions/comfyui-lora-x/docs/{name}.md")) > 300
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
+def test_example_workflows_run(host, info, path):
+    """As they are, but with conditioning instead of a text encoder, small pictures, and the latent saved."""
+    assert path.with_suffix(".jpg").is_file()
+    prompt = to_prompt(json.loads(path.read_text()), info)
+    for number, entry in list(prompt.items()):
+        if entry["class_type"] == "CLIPTextEncode":
+            prompt[number] = node("LoraXTestConditioning", seed=int(number), width=2048 if "sdxl" in path.stem else 768)
+        elif entry["class_type"] == "VAEDecode":
+            prompt[number] = node("SaveLatent", samples=entry["inputs"]["samples"], filename_prefix="test/workflow")
+        elif entry["class_type"] == "SaveImage":
+            del prompt[number]
+        elif entry["class_type"] == "EmptyLatentImage":
+            entry["inputs"] |= {"width": 64, "height": 64}
+        elif entry["class_type"] == "KSampler":
+            entry["inputs"]["steps"] = 2
+        for name in ("source_clip", "target_clip", "clip"):
+            entry["inputs"].pop(name, None)
+    for _ in range(2):
+        result = host.run(prompt)
+        assert result.ok, result.messages
+
+
+@pytest.mark.parametrize("method", ["auto", "project", "subspace-null", "align"])
+def test_the_latent_changes_with_the_adapter_and_returns_at_strength_0(host, plain, method):
+    result = host.run(transfer(method=method))
+    assert result.ok, result.messages
+    assert not torch.allclose(result.latent(), plain["sd15-tuned"], atol=1e-3)
+    assert torch.equal(host.run(transfer(method=method, strength=0.0)).latent(), plain["sd15-tuned"])
+
+
+def test_sdxl_to_ssd_1b_pairs_what_is_left(host, plain):
+    prompt = transfer(family="sdxl") | {"6": save(adapter=["4", 0])}
+    result = host.run(prompt | {"7": node("PreviewAny", source=["4", 1])})
+    assert result.ok, result.messages
+    assert not torch.allclose(result.latent(), plain["ssd-1b"], atol=1e-3)
+    text = result.outputs["7"]["text"][0]
+    assert "not in target" in text
+    assert "suggested strength" in text
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("form", "loader"),
+    # The host's own loader knows diffusers' attention layers by their older names only, so ours reads that file.
+    [("LoRA, kohya names", "stock"), ("LoRA, kohya names", "ours"), ("LoRA, diffusers names", "ours")],
+)
+def test_the_saved_file_gives_the_same_latent(host, form, loader, family):
+    prompt = transfer(family=family, method="project" if family == "sd15" else "auto", rank=200)
+    ours = host.run(prompt | {"6": save(adapter=["4", 0], form=form)})
+    assert ours.ok, ours.messages
+    path = Path(ours.outputs["6"]["text"][0])
+    assert path.is_relative_to(host.base / "models/loras") or path.is_relative_to(host.base / "output")
+    name = str(path.relative_to(host.base / "models/loras"))
+    again = {"2": prompt["2"], **sampling("5", family == "sdxl")}
+    if loader == "stock":
+        again["5"] = node("LoraLoaderModelOnly", model=["2", 0], lora_name=name, strength_model=1.0)
+    else:
+        again["4"] = node("LoraXLoader", lora_name=name)
+        again["5"] = prompt["5"]
+    theirs = host.run(again)
+    assert theirs.ok, theirs.messages
+    torch.testing.assert_close(ours.latent(), theirs.latent(), rtol=1e-3, atol=1e-3)
+
+
+def test_saving_twice_makes_two_files(host):
+    paths = []
+    for strength in (0.1, 0.2):
+        moved = transfer(rank=round(100 * strength)) | {"6": save(adapter=["4", 0], filename_prefix="twice/name")}
+        paths.append(Path(host.run(moved).outputs["6"]["text"][0]))
+    assert [path.name for path in paths] == ["name_00001_.safetensors", "name_00002_.safetensors"]
+    assert all(path.is_file() for path in paths)
+
+
+def test_other_nodes_chain_before_and_after_and_strengths_add_up(host):
+    stock = {"lora_name": "sd15-style.safetensors"}
+    prompt = transfer(strength=0.5)
+    prompt["6"] = node("LoraLoaderModelOnly", model=["5", 0], strength_model=0.25, **stock)
+    prompt["13"] = sampling("6")["13"]
+    ours = host.run(prompt)
+    assert ours.ok, ours.messages
+    twice = {
+        "2": prompt["2"],
+        "5": node("LoraLoaderModelOnly", model=["2", 0], strength_model=0.75, **stock),
+        **sampling("5"),
+    }
+    # The method copy moves the very update, so 0.5 of it and 0.25 of the file are 0.75 of the file.
+    torch.testing.assert_close(ours.latent(), host.run(twice).latent(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_lora_x_on_its_own_source_and_its_transfer(host, plain):
+    loaded = {k: transfer()[k] for k in ("1", "2", "3")}
+    convert = loaded | {"4": node("LoraXConvert", adapter=["3", 0], source=["1", 0], rank=64)}
+    convert["6"] = save(adapter=["4", 0], form="LoRA-X", filename_prefix="test/x")
+    applied = convert | {"5": node("LoraXApply", model=["1", 0], adapter=["4", 0], strength=1.0), **sampling("5")}
+    result = host.run(applied)
+    assert result.ok, result.messages
+    assert not torch.equal(result.latent(), plain["sd15-base"])
+    name = str(Path(result.outputs["6"]["text"][0]).relative_to(host.base / "models/loras"))
+    moved = {k: loaded[k] for k in ("1", "2")} | {
+        "3": node("LoraXLoader", lora_name=name),
+        "4": transfer()["4"],
+        "5": transfer()["5"],
+        **sampling("5"),
+    }
+    result = host.run(moved)
+    assert result.ok, result.messages
+    assert not torch.equal(result.latent(), plain["sd15-tuned"])
+    wrong = moved | {"5": node("LoraXApply", model=["2", 0], adapter=["3", 0], strength=1.0)}
+    assert "own source base" in host.run(wrong).error
+
+
+def test_a_new_strength_computes_nothing_again(host):
+    host.run(transfer(method="project", strength=0.3))
+    result = host.run(transfer(method="project", strength=0.4))
+    cached = dict(result.status["messages"])["execution_cached"]["nodes"]
+    assert {"1", "2", "3", "4"} <= set(cached)
+    assert "5" not in cached
+
+
+def test_cancel_ends_within_a_second(host):
+    prompt = {
+        "1": node("CheckpointLoaderSimple", ckpt_name="sdxl-base.safetensors"),
+        "2": node("CheckpointLoaderSimple", ckpt_name="ssd-1b.safetensors"),
+        "7": node("LoraXSimilarity", source=["1", 0], target=["2", 0], rank=300, layers="all"),
+        "8": node("PreviewImage", images=["7", 1]),
+    }
+    loading = host.run(
+        prompt | {"7": node("LoraXSimilarity", source=["1", 0], target=["2", 0], rank=0, layers="attention")}
+    )
+    assert loading.ok, loading.messages
+    ticket = host.queue(prompt)
+    time.sleep(1.5)
+    assert host.json("/queue")["queue_running"]
+    start = time.monotonic()
+    host.post("/interrupt", {})
+    result = host.wait(ticket)
+    assert time.monotonic() - start < 1
+    assert "execution_interrupted" in result.messages
+
+
+BAD = {
+    "adapter of another family": (transfer(adapter="sdxl-style"), "different families"),
+    "source of another family": (transfer(source="sdxl-base"), "different families"),
+    "pickle in the list": (transfer(adapter="broken"), "pickle"),
+    "file that is gone": (transfer(adapter="gone"), "gone.safetensors"),
+    "apply without transfer": (
+        transfer(adapter="sdxl-style") | {"5": node("LoraXApply", model=["2", 0], adapter=["3", 0], strength=1.0)},
+        "different families",
+    ),
+    "save outside": (transfer() | {"6": save(adapter=["4", 0], filename_prefix="../../escape")}, "outside"),
+    "save as LoRA-X what is none": (transfer() | {"6": save(adapter=["4", 0], form="LoRA-X")}, "Convert to LoRA-X"),
+    "rank of nothing": (transfer(rank=0), "rank"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "words"), BAD.values(), ids=BAD)
+def test_bad_input_is_an_error_of_the_node(host, prompt, words):
+    answer = host.post("/prompt", {"prompt": prompt})
+    if "prompt_id" not in answer or answer.get("node_errors"):
+        assert words in json.dumps(answer)  # refused before it runs
+        return
+    result = host.wait(answer["prompt_id"])
+    assert not result.ok
+    assert words in result.error
+    assert not list(host.base.rglob("escape*"))
