@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FormatError
-from .layers import Layer, LayerTable
+from .layers import Layer, LayerTable, reads_text
 from .unet import UNetConfig, diffusers_to_ldm, ldm_to_diffusers
 
 
@@ -75,7 +75,7 @@ def family_of(layers: Iterable[Layer], name: str) -> Family:
         FormatError: No known family has this width; the kinds of layer that were seen are named.
     """
     layers = list(layers)
-    widths = {layer.shape[1] for layer in layers if layer.kind == "attn2.to_k"}
+    widths = {layer.shape[1] for layer in layers if reads_text(layer.path)}
     for family in families().values():
         if widths == {family.unet.context_dim}:
             return family

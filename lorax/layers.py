@@ -14,6 +14,11 @@ def flatten(path: str) -> str:
     return path.replace(".", "_")
 
 
+def reads_text(path: str) -> bool:
+    """Return whether a U-Net module, dotted or flattened, projects the text embedding; its width tells the family."""
+    return flatten(path).endswith("attn2_to_k")
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A linear or convolution layer of a base model.

@@ -29,6 +29,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# Only for single numbers, such as an alpha: whole-number weights are quantised and mean something else.
+WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ class TensorFile:
             FileError: The data cannot be read, or is not of a floating dtype.
         """
         entry = self.entries[key]
-        if entry.dtype not in DTYPES:
+        dtype = DTYPES.get(entry.dtype) or (WHOLE.get(entry.dtype) if math.prod(entry.shape) == 1 else None)
+        if dtype is None:
             got = f"{key} in {self.path} is {entry.dtype}"
             raise FileError("a weight of a dtype that is not read", got, f"store it as one of {', '.join(DTYPES)}")
         start, stop = rows or (0, entry.shape[0] if entry.shape else 1)
@@ -91,7 +94,7 @@ class TensorFile:
         if content.size != (stop - start) * row:
             raise FileError("the file was cut short", f"{key} in {self.path}", ADVICE)
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        return torch.from_numpy(content).view(DTYPES[entry.dtype]).reshape(shape)
+        return torch.from_numpy(content).view(dtype).reshape(shape) if content.size else torch.empty(shape, dtype=dtype)
 
 
 def _natural(key: str) -> list[str | int]:

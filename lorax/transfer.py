@@ -73,6 +73,9 @@ def transfer_adapter(
     rank = RANK if rank is None else rank
     adapter = adapter.resolved(source)
     _check_belongs(adapter, source, target)
+    if similarity is not None and (similarity.source, similarity.target) != (source.name, target.name):
+        got = f"{similarity.source} and {similarity.target}, not {source.name} and {target.name}"
+        raise MismatchError("the similarity is of other bases", got, "compare source and target of this transfer")
     options = _Options(method, rank, threshold, output_format, dtype, device, _scores(similarity))
     report = TransferReport(
         adapter.name, source.name, target.name, method, rank, threshold, unused=dict(adapter.unused)

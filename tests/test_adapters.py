@@ -2,13 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 from lorax import (
     Adapter,
     FormatError,
+    LoraLayer,
+    LoraxError,
     LoraXLayer,
     NumericsError,
     OptionError,
@@ -257,3 +263,32 @@ def test_lora_x_of_another_version_and_without_fingerprints(tmp_path):
 @pytest.mark.parametrize("key", ["", "a", "unet:", "unet:x:up", "unet:1:sideways", ".alpha", *ROLES])
 def test_odd_keys_do_not_break_the_parser(key):
     parse(key)
+
+
+shapes = st.lists(st.integers(0, 3), max_size=5)
+tensor = st.tuples(shapes, st.sampled_from(["f4", "f2", "i8"]))
+parts = st.dictionaries(st.sampled_from([*ROLES, ".dora_scale"]), tensor)
+modules = [*(module for module, _, _ in SPELLINGS.values()), "unet:0", "lora_te_x", f"{QKV}.attn2.to_k"]
+
+
+@given(parts, st.sampled_from(modules))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shapes_give_an_adapter_or_one_of_our_errors(tmp_path, parts, module):
+    tensors = {module + role: np.ones(shape, dtype) for role, (shape, dtype) in parts.items()}
+    save_numpy(tensors, tmp_path / "a.safetensors")
+    try:
+        adapter = load_adapter(tmp_path / "a.safetensors")
+    except LoraxError:
+        return
+    assert adapter.layers or adapter.unused
+    for own in adapter.layers.values():
+        if isinstance(own, LoraLayer):
+            assert own.delta_weight().shape == own.layer.matrix_shape
+
+
+def test_an_alpha_stored_as_a_whole_number(tmp_path):
+    module = f"lora_unet_{QKV.replace('.', '_')}_to_q"
+    tensors = {f"{module}.lora_up.weight": UP, f"{module}.lora_down.weight": DOWN, f"{module}.alpha": torch.tensor(4)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    (own,) = load_adapter(tmp_path / "a.safetensors").layers.values()
+    assert own.scale == 2

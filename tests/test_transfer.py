@@ -84,6 +84,17 @@ def test_report_rows_tell_the_truth(bases, lora):
         assert (row.left, row.right) == (left, right)
 
 
+def test_a_known_similarity_is_used_instead_of_comparing_again(bases, lora, monkeypatch):
+    _, compared = transfer_adapter(lora, *bases)
+    known = compare_bases(*bases, attention_only=False)
+    monkeypatch.setattr("lorax.transfer.pair_scores", None)
+    _, report = transfer_adapter(lora, *bases, similarity=known)
+    for row, other in zip(report.rows, compared.rows, strict=True):
+        assert row.corrected == pytest.approx(other.corrected, abs=1e-6)
+    with pytest.raises(MismatchError, match="other bases"):
+        transfer_adapter(lora, bases[1], bases[0], similarity=known)
+
+
 def test_inputs_never_change(bases, lora):
     before = {name: (own.lora_up.clone(), own.lora_down.clone()) for name, own in lora.layers.items()}
     files = [base.files[0].read_bytes() for base in bases]

@@ -46,7 +46,7 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None) -> Adap
     shapes = {module: _shape(file, keys) for module, keys in complete.items()}
     if naming == "indexed":
         _check_indexed(file)
-    family = _family(shapes, naming, base)
+    family = _family(shapes, naming, base) or families().get(file.metadata.get("base_family", ""))
     alpha_of = _configured_alpha(file)
     fingerprints = _fingerprints(file) if naming == "lora-x" else {}
     layers: dict[str, AdapterLayer] = {}
@@ -115,7 +115,11 @@ def _family(shapes: Mapping[Module, tuple[int, ...]], naming: str, base: Base | 
             for layer, shape in found
         )
 
-    widths = {shape[1] for (_, path), shape in shapes.items() if shape and path.endswith(("attn2.to_k", "attn2_to_k"))}
+    widths = {
+        shape[1]
+        for (_, path), shape in shapes.items()
+        if len(shape) > 1 and path.endswith(("attn2.to_k", "attn2_to_k"))
+    }
     if widths:
         return next((family for family in families().values() if widths == {family.unet.context_dim}), None)
     fits = {family: fitting(lambda module, f=family: _find(module, f, naming)) for family in families().values()}
@@ -159,7 +163,8 @@ def _problem(file: TensorFile, keys: Mapping[str, str], layer: Layer, seen: Mapp
     if layer.name in seen:
         return f"another key of the file means the same layer, {layer.name}"
     if "delta" in keys:
-        return None if len(file.entries[keys["delta"]].shape) == 1 else "delta is not a vector"
+        shape = file.entries[keys["delta"]].shape
+        return None if len(shape) == 1 and shape[0] else "delta is not a vector of numbers"
     up, down = file.entries[keys["up"]].shape, file.entries[keys["down"]].shape
     if len(up) < 2 or len(down) < 2 or up[1] != down[0] or 0 in up + down or any(size != 1 for size in up[2:]):
         return f"up {list(up)} and down {list(down)} are not two factors of one update"

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..base import Base
 from ..errors import MismatchError
 from ..families import Family
-from ..layers import Layer
+from ..layers import Layer, reads_text
 from ..linalg import Subspace, decompose
 
 
@@ -169,7 +169,7 @@ class Adapter:
         widths = {
             own.layer.matrix_shape[1]
             for own in self.layers.values()
-            if isinstance(own, LoraLayer) and own.layer.name.endswith(("attn2.to_k", "attn2_to_k"))
+            if isinstance(own, LoraLayer) and reads_text(own.layer.path)
         }
         if widths - {base.family.unet.context_dim}:
             made_for = self.family.label if self.family else f"a family of text width {min(widths)}"

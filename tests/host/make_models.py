@@ -2,8 +2,8 @@
 
     python make_models.py MODELS_FOLDER
 
-Writes sd15-base, sd15-tuned (a changed copy), sdxl-base and ssd-1b as small as the host still detects them, and a LoRA
-for each base in the host's generic kohya naming.
+Writes sd15-base, sd15-tuned (a changed copy), sdxl-base and ssd-1b as small as the host still detects them, CLIP-L, and
+LoRA files in the host's generic kohya naming.
 """
 
 import os
@@ -19,6 +19,7 @@ import comfy.options
 comfy.options.enable_args_parsing()
 
 import comfy.ops
+import comfy.sd1_clip
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from safetensors.torch import save_file
@@ -76,11 +77,18 @@ def weight(key, shape, change=0.0):
     return (matrix + change * deviation * torch.randn(shape, generator=generator)).half()
 
 
-def lora(config, rank=4):
+def clip_shapes():
+    """CLIP-L at full size: the host knows no other."""
+    state = comfy.sd1_clip.SDClipModel(device="meta", dtype=torch.float16).state_dict()
+    found = {key.removeprefix("transformer."): tuple(value.shape) for key, value in state.items()}
+    return {key: shape for key, shape in found.items() if key.startswith("text_model.")}
+
+
+def lora(shapes, prefix, inside, rank=4):
     tensors = {}
-    for key, shape in shapes(config).items():
-        if key.endswith(".weight") and ".transformer_blocks." in key and len(shape) == 2:
-            name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+    for key, shape in shapes.items():
+        if key.endswith(".weight") and inside in key and len(shape) == 2:
+            name = prefix + key.removesuffix(".weight").replace(".", "_")
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             tensors[name + ".lora_up.weight"] = 0.3 * torch.randn(shape[0], rank, generator=generator)
             tensors[name + ".lora_down.weight"] = torch.randn(rank, shape[1], generator=generator) / shape[1] ** 0.5
@@ -88,7 +96,7 @@ def lora(config, rank=4):
     return tensors
 
 
-for kind in ("checkpoints", "loras"):
+for kind in ("checkpoints", "loras", "text_encoders"):
     os.makedirs(os.path.join(folder, kind), exist_ok=True)
 for name, config, change in (
     ("sd15-base", SD15, 0.0),
@@ -98,5 +106,12 @@ for name, config, change in (
 ):
     tensors = {f"model.diffusion_model.{key}": weight(key, shape, change) for key, shape in shapes(config).items()}
     save_file(tensors, os.path.join(folder, "checkpoints", name + ".safetensors"))
-for name, config in (("sd15-style", SD15), ("sdxl-style", SDXL)):
-    save_file(lora(config), os.path.join(folder, "loras", name + ".safetensors"))
+unet, text = ("lora_unet_", ".transformer_blocks."), ("lora_te_", ".self_attn.")
+for name, tensors in (
+    ("sd15-style", lora(shapes(SD15), *unet)),
+    ("sd15-style-text", lora(shapes(SD15), *unet) | lora(clip_shapes(), *text)),
+    ("sdxl-style", lora(shapes(SDXL), *unet)),
+):
+    save_file(tensors, os.path.join(folder, "loras", name + ".safetensors"))
+clip = {key: weight(key, shape) for key, shape in clip_shapes().items()}
+save_file(clip, os.path.join(folder, "text_encoders", "clip-l.safetensors"))

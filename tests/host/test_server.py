@@ -24,6 +24,7 @@ def host(real_host, tmp_path_factory):
     for folder in ("models", "input", "output", "temp", "user", "custom_nodes"):
         (base / folder).mkdir()
     subprocess.run([python, Path(__file__).with_name("make_models.py"), base / "models"], cwd=path, check=True)
+    (base / "models/diffusion_models").symlink_to(base / "models/checkpoints")
     (base / "models/loras/broken.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
     (base / "custom_nodes/comfyui-lora-x").symlink_to(ROOT)
     (base / "custom_nodes/testing_nodes").symlink_to(Path(__file__).with_name("testing_nodes"))
@@ -208,6 +209,24 @@ def test_saving_twice_makes_two_files(host):
     assert all(path.is_file() for path in paths)
 
 
+def test_text_encoder_layers_move_too(host):
+    prompt = transfer(adapter="sd15-style-text", method="project", rank=100)
+    prompt["20"] = node("CLIPLoader", clip_name="clip-l.safetensors", type="stable_diffusion")
+    prompt["4"]["inputs"] |= {"source_clip": ["20", 0], "target_clip": ["20", 0]}
+    prompt["5"]["inputs"]["clip"] = ["20", 0]
+    prompt["10"] = node("CLIPTextEncode", clip=["5", 1], text="a house on a hill")
+    ours = host.run(prompt | {"6": save(adapter=["4", 0]), "7": node("PreviewAny", source=["4", 1])})
+    assert ours.ok, ours.messages
+    assert "118 of 118 layers arrived" in ours.outputs["7"]["text"][0]
+    name = str(Path(ours.outputs["6"]["text"][0]).relative_to(host.base / "models/loras"))
+    stock = {key: prompt[key] for key in ("2", "10", "11", "12", "13", "14", "20")}
+    both = {"model": ["2", 0], "clip": ["20", 0], "strength_model": 1.0, "strength_clip": 1.0}
+    theirs = host.run(stock | {"5": node("LoraLoader", lora_name=name, **both)})
+    torch.testing.assert_close(ours.latent(), theirs.latent(), rtol=1e-3, atol=1e-3)
+    without = host.run(stock | {"5": node("LoraLoader", lora_name=name, **(both | {"strength_clip": 0.0}))})
+    assert not torch.allclose(ours.latent(), without.latent(), atol=1e-3)
+
+
 def test_other_nodes_chain_before_and_after_and_strengths_add_up(host):
     stock = {"lora_name": "sd15-style.safetensors"}
     prompt = transfer(strength=0.5)
@@ -244,6 +263,25 @@ def test_a_lora_x_on_its_own_source_and_its_transfer(host, plain):
     assert not torch.equal(result.latent(), plain["sd15-tuned"])
     wrong = moved | {"5": node("LoraXApply", model=["2", 0], adapter=["3", 0], strength=1.0)}
     assert "own source base" in host.run(wrong).error
+
+
+def test_saving_the_model_bakes_the_adapter(host):
+    prompt = transfer(method="project", rank=100)
+    ours = host.run(prompt | {"7": node("ModelSave", model=["5", 0], filename_prefix="diffusion_models/baked")})
+    assert ours.ok, ours.messages
+    baked = {"5": node("UNETLoader", unet_name="baked_00001_.safetensors", weight_dtype="default"), **sampling("5")}
+    result = host.run(baked)
+    assert result.ok, result.messages
+    torch.testing.assert_close(result.latent(), ours.latent(), rtol=1e-2, atol=1e-2)
+
+
+def test_models_in_float8(host):
+    prompt = transfer(method="project", rank=100)
+    for number, name in (("1", "sd15-base"), ("2", "sd15-tuned")):
+        prompt[number] = node("UNETLoader", unet_name=f"{name}.safetensors", weight_dtype="fp8_e4m3fn")
+    result = host.run(prompt | {"7": node("PreviewAny", source=["4", 1])})
+    assert result.ok, result.messages
+    assert "70 of 70 layers arrived" in result.outputs["7"]["text"][0]
 
 
 def test_a_new_strength_computes_nothing_again(host):
