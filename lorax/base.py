@@ -16,6 +16,7 @@ from .layers import Layer, LayerTable
 from .tensorfile import TensorFile
 
 UNET_PREFIXES = ("model.diffusion_model.", "")
+SAMPLED_LAYERS = 8
 OPENCLIP = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 
@@ -65,6 +66,14 @@ class Base:
         digest = hashlib.sha256(repr(tuple(matrix.shape)).encode())
         digest.update(matrix.numpy().data)
         return digest.hexdigest()[:16]
+
+    def identity(self) -> str:
+        """Return a text that names the content of the base: the fingerprints of a sample of its layers.
+
+        Two fine-tunes of one base differ in it unless all of the sampled layers are equal.
+        """
+        attention = [layer.name for layer in self.layers.values() if layer.is_attention and layer.component == "unet"]
+        return " ".join(self.fingerprint(name) for name in attention[:: max(1, len(attention) // SAMPLED_LAYERS)])
 
     @property
     def components(self) -> list[str]:

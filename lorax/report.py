@@ -145,10 +145,8 @@ class TransferReport:
         """What the user should know and do, in words; empty when all is well."""
         found: list[str] = []
         if self.retained_energy < WEAK:
-            copied = all(row.method in ("copy", "") for row in self.rows)
-            advice = "a target closer to the source" if copied else "the method copy or a higher rank"
             found.append(
-                f"weak effect: only {self.retained_energy:.0%} of the update's norm arrives; try {advice}, "
+                f"weak effect: only {self.retained_energy:.0%} of the update's norm arrives; try {self._advice}, "
                 f"or a strength of about {self.suggested_strength:.1f}"
             )
         missing = len(self.rows) - self.arrived
@@ -164,6 +162,17 @@ class TransferReport:
             key, why = next(iter(self.unused.items()))
             found.append(f"{len(self.unused)} tensors of the file are not used, the first {key}: {why}")
         return found
+
+    @property
+    def _advice(self) -> str:
+        """What to try first, by where most of the update was lost: by whole layers or by the method."""
+        lost = {outcome: 0.0 for outcome in Outcome}
+        for row in self.rows:
+            lost[row.outcome] += row.source_norm**2 - row.target_norm**2
+        most = max(lost, key=lambda outcome: lost[outcome])
+        if most is Outcome.BELOW_THRESHOLD:
+            return "a lower threshold or a target closer to the source"
+        return "the method copy or a higher rank" if most is Outcome.TRANSFERRED else "a target closer to the source"
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data, valid by `report.schema.json`."""

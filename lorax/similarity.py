@@ -98,11 +98,20 @@ class KindSimilarity:
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """The similarity of two bases: a block of all pairs for each kind of layer."""
+    """The similarity of two bases: a block of all pairs for each kind of layer.
+
+    Attributes:
+        source: Name of the source base.
+        target: Name of the target base.
+        rank: How many leading triplets were compared; None: whole layers.
+        identities: `Base.identity` of both.
+        kinds: The scores.
+    """
 
     source: str
     target: str
     rank: int | None
+    identities: tuple[str, str]
     kinds: list[KindSimilarity] = field(default_factory=list[KindSimilarity])
 
 
@@ -143,7 +152,7 @@ def compare_bases(
         raise MismatchError("the two bases share no kind of layer", got, "compare bases of related families")
     check_rank(rank, (layer for s, t in kinds.values() for layer in s + t))
     total, done = sum(len(s) + len(t) for s, t in kinds.values()), 0
-    result = Similarity(source.name, target.name, rank)
+    result = Similarity(source.name, target.name, rank, (source.identity(), target.identity()))
     for kind, (sources, targets) in kinds.items():
         left = [[NO_SCORE] * len(targets) for _ in sources]
         right = [[NO_SCORE] * len(targets) for _ in sources]

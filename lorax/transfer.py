@@ -73,8 +73,8 @@ def transfer_adapter(
     rank = RANK if rank is None else rank
     adapter = adapter.resolved(source)
     _check_belongs(adapter, source, target)
-    if similarity is not None and (similarity.source, similarity.target) != (source.name, target.name):
-        got = f"{similarity.source} and {similarity.target}, not {source.name} and {target.name}"
+    if similarity is not None and similarity.identities != (source.identity(), target.identity()):
+        got = f"it compared {similarity.source} and {similarity.target}"
         raise MismatchError("the similarity is of other bases", got, "compare source and target of this transfer")
     options = _Options(method, rank, threshold, output_format, dtype, device, _scores(similarity))
     report = TransferReport(
@@ -185,7 +185,7 @@ def _pair(row: Row, own: AdapterLayer, source: Base, target: Base, wanted: str) 
         note = f"adapter {own.layer.matrix_shape}, source {sizes}"
         return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note)
     method = _method(wanted, own, resized=sizes != sizes_t)
-    if method in ("copy", "subspace-null") and sizes != sizes_t:
+    if method in ("copy", "project", "subspace-null") and sizes != sizes_t:
         note = f"{method} needs equal sizes, source {sizes}, target {sizes_t}"
         return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note)
     return replace(row, method=method)

@@ -88,7 +88,7 @@ class LoraXSave(io.ComfyNode):
                     tooltip="The adapter's own base model; needed only to write a LoRA-X adapter as a LoRA.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            outputs=[io.String.Output(display_name="path", tooltip="Where the file was written.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
@@ -102,10 +102,10 @@ class LoraXSave(io.ComfyNode):
         if adapter.kind != wanted:
             adapter = _in_form(adapter, wanted, model)
         naming = "diffusers" if form == FORMS[1] else "kohya"
-        path = host.free_path(folder, filename_prefix)
+        path, name = host.free_path(folder, filename_prefix)
         save_adapter(adapter, path, naming=naming, overwrite=False)
-        host.show(path, cls.hidden.unique_id)
-        return io.NodeOutput(path, ui=ui.PreviewText(path))
+        host.show(name, cls.hidden.unique_id)
+        return io.NodeOutput(path, ui=ui.PreviewText(name))
 
 
 def _in_form(adapter: Adapter, wanted: str, model: object) -> Adapter:

@@ -199,8 +199,8 @@ def adapter_path(name: str) -> str:
     return path
 
 
-def free_path(folder: str, prefix: str) -> str:
-    """Return a path that does not exist yet, `<prefix>_00001_.safetensors` below a folder of the host.
+def free_path(folder: str, prefix: str) -> tuple[str, str]:
+    """Return a path that does not exist yet, `<prefix>_00001_.safetensors`, and its name below a folder of the host.
 
     Args:
         folder: `output` or `loras`.
@@ -222,7 +222,7 @@ def free_path(folder: str, prefix: str) -> str:
     count = 1
     while os.path.exists(path := f"{name}_{count:05}_.safetensors"):
         count += 1
-    return path
+    return path, os.path.relpath(path, inside)
 
 
 def show(text: str, node_id: str | None) -> None:

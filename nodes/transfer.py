@@ -1,5 +1,6 @@
 """Nodes that move, change and apply adapters."""
 
+from dataclasses import replace
 from weakref import WeakKeyDictionary, ref
 
 from ..lorax.adapters import Adapter, LoraXLayer
@@ -176,7 +177,9 @@ class LoraXConvert(io.ComfyNode):
         )
         kept = [share for share in shares.values() if share == share]
         mean = sum(kept) / len(kept) if kept else 0.0
-        text = f"{len(shares)} layers converted, {mean:.0%} of the norm kept on average"
+        text = f"{len(shares)} of {len(adapter.layers)} layers converted, {mean:.0%} of the norm kept on average"
+        if left := [name for name in converted.unused if name not in adapter.unused]:
+            text += f"\n{len(left)} not converted, the first {left[0]}: {converted.unused[left[0]]}"
         if mean < WEAK:
             text += "\nwarning: little of an ordinary LoRA is a change of singular values; keep the LoRA too"
         host.show(text, cls.hidden.unique_id)
@@ -192,8 +195,11 @@ def _expand(adapter: Adapter, model, clip) -> Adapter:
     if known is not None and known[0]() is model.model and known[1] == patches:
         return known[2]
     base = host.open_model(model, clip)
+    here = {name: layer for name, layer in adapter.layers.items() if layer.layer.component in base.components}
     expanded = host.compute(
-        lambda device, progress: convert_to_lora(adapter, base, device=device, progress=progress), len(adapter.layers)
+        lambda device, progress: convert_to_lora(replace(adapter, layers=here), base, device=device, progress=progress),
+        len(here),
     )
+    expanded = replace(expanded, layers={**adapter.layers, **expanded.layers})
     _expanded[adapter] = (ref(model.model), patches, expanded)
     return expanded

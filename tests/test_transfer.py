@@ -91,8 +91,9 @@ def test_a_known_similarity_is_used_instead_of_comparing_again(bases, lora, monk
     _, report = transfer_adapter(lora, *bases, similarity=known)
     for row, other in zip(report.rows, compared.rows, strict=True):
         assert row.corrected == pytest.approx(other.corrected, abs=1e-6)
+    renamed = replace(bases[0], name=bases[1].name)
     with pytest.raises(MismatchError, match="other bases"):
-        transfer_adapter(lora, bases[1], bases[0], similarity=known)
+        transfer_adapter(lora, bases[0], renamed, similarity=known)
 
 
 def test_inputs_never_change(bases, lora):
@@ -187,8 +188,9 @@ def test_another_width_is_aligned_and_marked(bases, lora, tmp_path):
         assert result.layers[name].layer.matrix_shape == wide.layers[name].matrix_shape
         assert ("weakest" in row.note) == (".attn2.to_k" not in name and ".attn2.to_v" not in name)
     assert any("weakest kind" in text for text in report.warnings)
-    _, copied = transfer_adapter(lora, bases[0], wide, method="copy")
-    assert {row.outcome for row in copied.rows if row.source in rows} == {Outcome.SHAPE_MISMATCH}
+    for method in ("copy", "project", "subspace-null"):
+        _, refused = transfer_adapter(lora, bases[0], wide, method=method, rank=16, threshold=-9)
+        assert {row.outcome for row in refused.rows if row.source in rows} == {Outcome.SHAPE_MISMATCH}
 
 
 def test_adapter_of_another_family_is_refused(bases, tmp_path):
@@ -244,6 +246,18 @@ def test_a_weak_effect_is_said_with_advice(bases, lora):
     _, report = transfer_adapter(lora, *bases, method="project", rank=2)
     assert report.retained_energy < 0.5
     assert any("weak effect" in text and "copy" in text and "strength" in text for text in report.warnings)
+
+
+def test_the_advice_looks_at_what_was_lost(bases, lora):
+    """Most is lost below the threshold, not by the method."""
+    source, target = bases
+    unrelated = replace(
+        target, read=lambda layer: target.read(layer) if "ff.net" in layer.name else torch.randn(layer.shape)
+    )
+    _, report = transfer_adapter(lora, source, unrelated, threshold=0.5)
+    assert 0 < report.retained_energy < 0.5
+    assert report.outcomes[Outcome.BELOW_THRESHOLD] > 20
+    assert any("weak effect" in text and "a lower threshold" in text for text in report.warnings)
 
 
 def test_an_update_of_zero(bases, tmp_path):
