@@ -89,7 +89,7 @@ AdapterFile = Annotated[Path, typer.Argument(help="Adapter, a safetensors file."
 BASE = "Checkpoint, U-Net file, or folder of a diffusers pipeline."
 SourceOption = Annotated[Path, typer.Option("--source", help=f"Base that the adapter was made for. {BASE}")]
 TargetOption = Annotated[Path, typer.Option("--target", help=f"Base that it shall work on. {BASE}")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to write; an older one is replaced.")]
 NamingOption = Annotated[Naming, typer.Option(help="Spelling of the layers in the result.")]
 DTypeOption = Annotated[DType, typer.Option(help="Storage of the result.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]

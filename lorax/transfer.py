@@ -1,5 +1,6 @@
 """Moving an adapter from its source base to a target base."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,7 @@ def transfer_adapter(
     for name, value, known in (("method", method, methods.METHODS), ("format", output_format, FORMATS)):
         if value not in known:
             raise OptionError(f"unknown {name}", value, f"choose one of {', '.join(known)}")
-    if not threshold < 1:
+    if not (math.isfinite(threshold) and threshold < 1):
         raise OptionError("the threshold is out of range", str(threshold), "give a number below 1")
     check_rank(rank, [*source.layers.values(), *target.layers.values()])
     rank = RANK if rank is None else rank

@@ -48,7 +48,7 @@ def weight_of(patcher: Any, key: str) -> Tensor:
         weight = backup.weight
     if (backup := getattr(patcher, "hook_backup", {}).get(key)) is not None:
         weight = backup[0]
-    if hasattr(weight, "dequantize") and type(weight).__name__ == "QuantizedTensor":
+    if hasattr(weight, "layout_cls") or type(weight).__name__ == "QuantizedTensor":
         weight = weight.detach().to("cpu").dequantize().to(torch.float32)
     else:
         weight = management.cast_to_device(weight.detach(), torch.device("cpu"), torch.float32, copy=True)

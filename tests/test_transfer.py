@@ -234,6 +234,7 @@ def test_a_file_read_without_its_base_is_named_by_it_when_used(tmp_path):
         {"output_format": "dora"},
         {"threshold": 1.0},
         {"threshold": math.nan},
+        {"threshold": -math.inf},
     ],
     ids=str,
 )

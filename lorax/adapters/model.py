@@ -179,12 +179,15 @@ class Adapter:
                 "give the base that it was made for (are source and target swapped?)",
             )
         layers: dict[str, AdapterLayer] = {}
+        unused = dict(self.unused)
         for name, own in self.layers.items():
             found = base.layers.find(own.layer.component, self.spellings.get(name, own.layer.path))
             if found is not None:
-                own = replace(own, layer=replace(own.layer, name=found.name, ldm=found.ldm))
+                own = replace(own, layer=replace(found, shape=own.layer.shape or found.shape))
+            if own.layer.name in layers:
+                unused[name] = f"another layer of the adapter means the same, {own.layer.name}"
             layers.setdefault(own.layer.name, own)
-        return replace(self, layers=layers, spellings={})
+        return replace(self, layers=layers, unused=unused, spellings={})
 
 
 def expand(layer: AdapterLayer, source: Base | None, device: str = "cpu") -> tuple[Tensor, Tensor]:
