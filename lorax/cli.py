@@ -297,8 +297,11 @@ def _plain(value: Any) -> str:
 
 def _check_outputs(outputs: list[Path | None], *given: Base | Path) -> None:
     inputs = [file for item in given for file in (item.files if isinstance(item, Base) else [item])]
-    for path in filter(None, outputs):
+    wanted = [path for path in outputs if path]
+    for path in wanted:
         check_output(path, inputs)
+    if len({path.absolute() for path in wanted}) < len(wanted):
+        raise OptionError("two outputs have one name", str(wanted[0]), "give each its own name")
 
 
 def _device(device: Device) -> str:

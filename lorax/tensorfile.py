@@ -46,7 +46,7 @@ class Entry:
 class TensorFile:
     """A safetensors file of which only the header is read until a tensor is asked for.
 
-    The library reads and checks the header. The data is read tensor by tensor and not mapped: mapped pages would count
+    The library checks the header. The data is read tensor by tensor and not mapped: mapped pages would count
     as memory of the process, and a file that is cut short meanwhile would end it.
 
     Args:
@@ -58,21 +58,21 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        offset = 8 + _header_length(self.path)
-        entries: dict[str, Entry] = {}
+        length = _header_length(self.path)
         try:
-            with safe_open(str(self.path), framework="np") as handle:
-                self.metadata: dict[str, str] = dict(handle.metadata() or {})
-                # The library has checked that the tensors follow one another without a hole.
-                for key in handle.offset_keys():
-                    part = handle.get_slice(key)
-                    shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
-                    bits = math.prod(shape) * int(re.sub(r"\D*(\d+).*", r"\1", dtype) if dtype != "BOOL" else 8)
-                    entries[key] = Entry(shape, dtype, offset, bits // 8)
-                    offset += bits // 8
+            with safe_open(str(self.path), framework="np"):
+                pass  # the library has now checked the header, and that the data is all there
+            with self.path.open("rb") as handle:
+                handle.seek(8)
+                header = json.loads(handle.read(length))
         except (SafetensorError, OSError) as error:
             raise FileError("damaged safetensors file", f"{self.path}: {error}", ADVICE) from error
-        self.entries = dict(sorted(entries.items(), key=lambda item: _natural(item[0])))
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        entries: dict[str, Entry] = {}
+        for key in sorted(header, key=_natural):
+            begin, end = header[key]["data_offsets"]
+            entries[key] = Entry(tuple(header[key]["shape"]), header[key]["dtype"], 8 + length + begin, end - begin)
+        self.entries = entries
 
     def tensor(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor, or its rows `[start, stop)`, in the dtype of the file.
