@@ -127,13 +127,13 @@ def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
         The path.
 
     Raises:
-        OutputError: It is an input, a folder, or its folder is missing or not writable.
+        OutputError: It is an input, a folder or a device, or its folder is missing or not writable.
     """
     out = Path(path)
     if any(out.exists() and given.exists() and out.samefile(given) for given in inputs):
         raise OutputError("the output is one of the inputs", str(out), "choose another name")
-    if out.is_dir():
-        raise OutputError("the output is a folder", str(out), "give a file name")
+    if out.exists() and not out.is_file():
+        raise OutputError("the output is a folder or a device", str(out), "give a file name")
     if not out.parent.is_dir():
         raise OutputError("the output's folder does not exist", str(out.parent), "create it first")
     if not os.access(out.parent, os.W_OK):
