@@ -336,6 +336,10 @@ BAD = {
         "different families",
     ),
     "save outside": (transfer() | {"6": save(adapter=["4", 0], filename_prefix="../../escape")}, "outside"),
+    "save where a file stands": (
+        transfer() | {"6": save(adapter=["4", 0], filename_prefix="sd15-style.safetensors/name")},
+        "cannot make the folder",
+    ),
     "save as LoRA-X what is none": (transfer() | {"6": save(adapter=["4", 0], form="LoRA-X")}, "Convert to LoRA-X"),
     "rank of nothing": (transfer(rank=0), "rank"),
 }
