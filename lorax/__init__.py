@@ -16,8 +16,7 @@ from .layers import Layer, LayerTable
 from .report import Outcome, Row, TransferReport, similarity_json
 from .similarity import Score, Similarity, compare_bases, pair_scores
 from .transfer import transfer_adapter
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "Adapter",
@@ -38,6 +37,7 @@ __all__ = [
     "Score",
     "Similarity",
     "TransferReport",
+    "__version__",
     "compare_bases",
     "convert_to_lora",
     "convert_to_lora_x",

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from . import __version__, pictures
+from . import pictures
 from .adapters import load_adapter, save_adapter
 from .base import Base, open_base
 from .convert import convert_to_lora, convert_to_lora_x
@@ -31,6 +31,7 @@ from .report import WEAK, Row, TransferReport, similarity_json
 from .similarity import Similarity, compare_bases
 from .tensorfile import check_output, write_bytes
 from .transfer import RANK, THRESHOLD, transfer_adapter
+from .version import __version__
 
 app = typer.Typer(
     help="Move adapters (LoRA, LoRA-X) between diffusion base models, without training and without data.",
@@ -195,15 +196,7 @@ def transfer(
             strict=strict,
             progress=progress,
         )
-    provenance = {
-        "lorax_version": __version__,
-        "lorax_source": base_s.name,
-        "lorax_target": base_t.name,
-        "lorax_method": method.value,
-        "lorax_rank": str(report.rank),
-        "lorax_threshold": f"{threshold:g}",
-    }
-    save_adapter(result, output, naming=naming.value, metadata=provenance)
+    save_adapter(result, output, naming=naming.value)
     if report_file:
         write_bytes(report_file, json.dumps(report.to_json(), indent=1).encode())
     if png_file:

@@ -16,6 +16,7 @@ from .linalg import Subspace, decompose, norm
 from .progress import Progress, silent
 from .report import ARRIVED, BOTH_RESIZED, Outcome, Row, TransferReport
 from .similarity import Score, Similarity, check_rank, pair_scores
+from .version import __version__
 
 FORMATS = ("lora", "lora-x")
 # The paper's setting for every pair of bases (arXiv 2501.16559, section 5).
@@ -58,7 +59,7 @@ def transfer_adapter(
         progress: Called with (done, total, layer name); an exception that it raises stops the work.
 
     Returns:
-        The adapter for the target, and a report with a row for every layer.
+        The adapter for the target, with where it came from in its metadata, and a report with a row for every layer.
 
     Raises:
         OptionError: An option is unknown or out of range.
@@ -97,7 +98,16 @@ def transfer_adapter(
         row = next(row for row in report.rows if row.outcome not in ARRIVED)
         got = f"{len(report.rows) - len(moved)} of {len(report.rows)}, the first {row.source} ({row.outcome})"
         raise MismatchError("strict: layers get no update", got, "drop --strict to go on without them")
-    return Adapter(adapter.name, target.family, adapter.naming, moved, {}, adapter.metadata), report
+    metadata = {
+        **adapter.metadata,
+        "lorax_version": __version__,
+        "lorax_source": source.name,
+        "lorax_target": target.name,
+        "lorax_method": method,
+        "lorax_rank": str(rank),
+        "lorax_threshold": f"{threshold:g}",
+    }
+    return Adapter(adapter.name, target.family, adapter.naming, moved, {}, metadata), report
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Adapter files: every naming, round trips, what is not used, and files that are broken."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,7 +103,8 @@ def test_round_trip(tmp_path, bases, naming, dtype):
 def test_same_adapter_same_bytes_and_metadata_kept(tmp_path, bases, lora_file):
     adapter = load_adapter(lora_file, bases[0])
     for name in "ab":
-        save_adapter(adapter, tmp_path / name, metadata={str(i): "x" for i in range(20)})
+        metadata = {**adapter.metadata, **{str(i): "x" for i in range(20)}}
+        save_adapter(replace(adapter, metadata=metadata), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert load_adapter(tmp_path / "a", bases[0]).metadata["ss_tag_frequency"] == "kept"
 
@@ -159,7 +161,7 @@ def test_nothing_is_dropped_in_silence(tmp_path):
         assert word in why
 
 
-def test_published_files(published):
+def test_published_files(published, tmp_path):
     for path in published:
         adapter = load_adapter(path)
         assert (adapter.family.name, adapter.naming, len(adapter.layers)) == ("sd1", "indexed", 192)
@@ -170,6 +172,8 @@ def test_published_files(published):
             for i, layer in enumerate(indexed_layers(families()["sd1"], component)):
                 expected = raw[f"{component}:{i}:up"].float() @ raw[f"{component}:{i}:down"].float()
                 torch.testing.assert_close(adapter.layers[layer.name].delta_weight(), expected)
+        save_adapter(adapter, tmp_path / "out.safetensors")
+        assert load_adapter(tmp_path / "out.safetensors").metadata == {"format": "pt"}
         assert set(adapter.unused) == ({"<s1>", "<s2>"} if "disney" in path.name else set())
 
 

@@ -53,6 +53,8 @@ def test_copy_is_bit_exact(bases, lora):
         assert torch.equal(result.layers[name].lora_up, own.lora_up)
         assert torch.equal(result.layers[name].lora_down, own.lora_down)
         assert result.layers[name].alpha == own.alpha
+    provenance = {key: result.metadata[f"lorax_{key}"] for key in ("source", "target", "method", "rank")}
+    assert provenance == {"source": bases[0].name, "target": bases[1].name, "method": "auto", "rank": "320"}
 
 
 @pytest.mark.parametrize("method", ["project", "subspace-null"])

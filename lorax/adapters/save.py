@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +16,11 @@ from .load import LORA_X_VERSION
 from .model import Adapter, LoraLayer
 
 NAMINGS = ("kohya", "diffusers", "keep")
-# Metadata that is false for a changed file: kohya's hashes of the content, diffusers' scales, which are folded in here.
-STALE = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "fingerprints", "lorax_format_version")
+# Metadata that is false for a changed file: kohya's hashes of the content, diffusers' scales (folded in here), what the
+# indexed format says of its indices, and the LoRA-X fields, which are written anew.
+STALE = re.compile(
+    r"sshs_(model|legacy)_hash|lora_adapter_metadata|fingerprints|lorax_format_version|(unet|text_encoder)(:\d+:rank)?"
+)
 
 
 def save_adapter(
@@ -25,7 +29,6 @@ def save_adapter(
     *,
     naming: str = "keep",
     dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
     inputs: Sequence[Path] = (),
     overwrite: bool = True,
 ) -> None:
@@ -40,7 +43,6 @@ def save_adapter(
         path: The file to write.
         naming: `kohya`, `diffusers`, or `keep`: the input's, where it is one of the two, else kohya.
         dtype: The dtype to store; None keeps each layer's own.
-        metadata: Added to the adapter's own metadata.
         inputs: Files that must not be replaced.
         overwrite: Whether another file of this name may be replaced.
 
@@ -73,8 +75,7 @@ def save_adapter(
             parts = {"lora_B.weight": scaled, "lora_A.weight": down}
         for part, tensor in parts.items():
             tensors[f"{module}.{part}"] = _cast(tensor, store, f"{module}.{part}")
-    kept = {} if adapter.naming == "indexed" else {k: v for k, v in adapter.metadata.items() if k not in STALE}
-    header = {"format": "pt"} | kept | dict(metadata or {})
+    header = {"format": "pt"} | {k: v for k, v in adapter.metadata.items() if not STALE.fullmatch(k) and v != "<embed>"}
     if fingerprints:
         header |= {
             "lorax_format_version": LORA_X_VERSION,
