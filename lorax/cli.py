@@ -26,6 +26,7 @@ from .base import Base, open_base
 from .convert import convert_to_lora, convert_to_lora_x
 from .errors import LoraxError, OptionError, printable
 from .inspect import describe
+from .layers import Layer
 from .progress import Progress
 from .report import WEAK, Row, TransferReport, similarity_json
 from .similarity import Similarity, compare_bases
@@ -241,14 +242,13 @@ def convert(
 def _print_similarity(result: Similarity) -> None:
     table = Table("kind", "pairs", "left", "right", "corrected", "chance", box=None, title="layers of equal name")
     for kind in result.kinds:
-        place = {layer.name: j for j, layer in enumerate(kind.targets)}
-        pairs = [(i, place[layer.name]) for i, layer in enumerate(kind.sources) if layer.name in place]
-        left, right = ([scores[i][j] for i, j in pairs] for scores in (kind.left, kind.right))
+        pairs = kind.equal_names()
+        scores = [score for pair in pairs for score in pair]
         cells = [
-            [score.phi for score in left],
-            [score.phi for score in right],
-            [score.corrected for score in left + right],
-            [score.chance for score in left + right],
+            [left.phi for left, _ in pairs],
+            [right.phi for _, right in pairs],
+            [score.corrected for score in scores],
+            [score.chance for score in scores],
         ]
         table.add_row(kind.kind, str(len(pairs)), *(_mean(values) for values in cells))
     say.print(table)
@@ -258,9 +258,8 @@ def _print_report(report: TransferReport) -> None:
     table = Table("kind of layer", "layers", "arrived", "similarity", "energy kept", box=None)
     kinds: dict[str, list[Row]] = {}
     for row in report.rows:
-        component, _, path = row.source.partition(".")
-        words = [part for part in path.split(".") if not part.isdigit()]
-        kinds.setdefault(f"{component} {'.'.join(words[-2:])}", []).append(row)
+        layer = Layer(row.source, ())
+        kinds.setdefault(f"{layer.component}:{layer.kind}", []).append(row)
     for kind, rows in kinds.items():
         arrived = sum(row.target_norm > 0 for row in rows)
         similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])

@@ -95,6 +95,12 @@ class KindSimilarity:
     left: list[list[Score]]
     right: list[list[Score]]
 
+    def equal_names(self) -> list[tuple[Score, Score]]:
+        """Return the left and right score of every source layer with the target layer of the same name."""
+        place = {layer.name: j for j, layer in enumerate(self.targets)}
+        named = [(i, place[layer.name]) for i, layer in enumerate(self.sources) if layer.name in place]
+        return [(self.left[i][j], self.right[i][j]) for i, j in named]
+
 
 @dataclass(frozen=True, slots=True)
 class Similarity:

@@ -80,13 +80,7 @@ def describe(similarity: Similarity) -> str:
     """Return the mean corrected similarity of the layers of equal name, a line for each kind."""
     lines: list[str] = []
     for kind in similarity.kinds:
-        place = {layer.name: j for j, layer in enumerate(kind.targets)}
-        values = [
-            scores[i][place[layer.name]].corrected
-            for scores in (kind.left, kind.right)
-            for i, layer in enumerate(kind.sources)
-            if layer.name in place
-        ]
+        values = [score.corrected for pair in kind.equal_names() for score in pair]
         finite = [value for value in values if math.isfinite(value)]
         lines.append(f"{kind.kind}: " + (f"{sum(finite) / len(finite):.3f}" if finite else "no layers of equal name"))
     return "\n".join(lines)
