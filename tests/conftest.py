@@ -4,12 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 
 from demo.synthetic import base_tensors
 from lorax import Base, open_base
 from lorax.families import Family, families
 from lorax.unet import UNetConfig
+
+# In CI the same examples every time; on a developer's machine new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 SMALL = UNetConfig(
     model_channels=32,
