@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check bench install format clean
+.PHONY: help demo test lint check bench install format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,12 +13,13 @@ test: .venv/.dev  ## Run the tests, and those inside ComfyUI (its library always
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -c tests/host/pytest.ini tests/host
 
-check: .venv/.dev  ## Format, lint, types, import boundaries, tests
+lint: .venv/.dev  ## Format, lint, types, import boundaries
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(MAKE) test
+
+check: lint test  ## All of lint, and the tests
 
 bench: .venv/.dev  ## Time, peak memory and error on full-size bases; JSON in benchmarks/results
 	$(BIN)/python -m benchmarks

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lorax import Adapter, Base, LoraXLayer, open_base, save_adapter
+from lorax import Adapter, Base, LoraLayer, LoraXLayer, open_base, save_adapter
 from lorax.families import families
 
 from .synthetic import base_tensors
@@ -48,16 +48,14 @@ def _run(*words: str) -> None:
 def _make_lora(source: Base, path: Path, rank: int = 8) -> None:
     """Write a LoRA in kohya naming on all attention layers, its update a twentieth of each weight."""
     generator = torch.Generator().manual_seed(7)
-    tensors: dict[str, torch.Tensor] = {}
-    for layer in source.layers.values():
+    layers: dict[str, LoraLayer] = {}
+    for name, layer in source.layers.items():
         if layer.is_attention and layer.component == "unet":
             m, n = layer.matrix_shape
-            module = "lora_unet_" + layer.path.replace(".", "_")
             up, down = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
-            up *= 0.05 * source.weight(layer.name).norm() / (up @ down).norm()
-            tensors[f"{module}.lora_up.weight"], tensors[f"{module}.lora_down.weight"] = up.half(), down.half()
-            tensors[f"{module}.alpha"] = torch.tensor(float(rank)).half()
-    save_file(tensors, path)
+            up *= 0.05 * source.weight(name).norm() / (up @ down).norm()
+            layers[name] = LoraLayer(layer, up.half(), down.half(), float(rank))
+    save_adapter(Adapter(path.name, source.family, "kohya", layers), path)
 
 
 def _make_lora_x(source: Base, path: Path, rank: int = 64) -> None:

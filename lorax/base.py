@@ -1,6 +1,7 @@
 """A base model: its layers, and their weights one at a time."""
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +32,8 @@ class Base:
         read: Returns the weight of a layer, `layer.shape`, any floating dtype.
         files: The files that it reads, which no output may replace.
         naming: How its file spells the U-Net: `ldm` or `diffusers`.
-        dtypes: How many tensors are stored in each dtype, and how many numbers they hold.
+        dtypes: How many tensors are stored in each dtype.
+        parameters: How many numbers they hold.
     """
 
     name: str
@@ -146,7 +148,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
         files=[file.path for file in parts.values()],
         naming=naming,
         dtypes=Counter(entry.dtype for entry in entries),
-        parameters=sum(_product(entry.shape) for entry in entries),
+        parameters=sum(math.prod(entry.shape) for entry in entries),
     )
 
 
@@ -209,10 +211,3 @@ def _text_layers(component: str, file: TensorFile, prefix: str) -> Iterable[tupl
                     yield Layer(f"{layer}.self_attn.{name}", (width, width)), _Place(file, key, rows)
             elif part.removesuffix(".weight") in OPENCLIP:
                 yield Layer(f"{layer}.{OPENCLIP[part.removesuffix('.weight')]}", entry.shape), _Place(file, key)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -28,7 +28,7 @@ from .errors import LoraxError, OptionError, printable
 from .inspect import describe
 from .layers import Layer
 from .progress import Progress
-from .report import WEAK, Row, TransferReport, similarity_json
+from .report import ARRIVED, WEAK, Outcome, Row, TransferReport, similarity_json
 from .similarity import Similarity, compare_bases
 from .tensorfile import check_output, write_bytes
 from .transfer import RANK, THRESHOLD, transfer_adapter
@@ -261,13 +261,13 @@ def _print_report(report: TransferReport) -> None:
         layer = Layer(row.source, ())
         kinds.setdefault(f"{layer.component}:{layer.kind}", []).append(row)
     for kind, rows in kinds.items():
-        arrived = sum(row.target_norm > 0 for row in rows)
+        arrived = sum(row.outcome in ARRIVED for row in rows)
         similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])
         table.add_row(escape(printable(kind)), str(len(rows)), str(arrived), similar, kept)
     say.print(table)
     say.print(report.summary)
     for row in report.rows:
-        if row.outcome == "kept unchanged":
+        if row.outcome is Outcome.KEPT:
             say.print(f"kept unchanged: {row.source.partition('.')[0]} layers, {row.note}", markup=False)
             break
     for warning in report.warnings:

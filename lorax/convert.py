@@ -72,10 +72,10 @@ def convert_to_lora_x(
             continue
         B, A = expand(own, source, device)
         space = decompose(source.weight(name, device), rank or RANK)
-        delta = space.singular_change(B, A).cpu()
+        converted = LoraXLayer(layer, space.singular_change(B, A).cpu(), source.fingerprint(name))
         before = norm(B, A)
-        shares[name] = float(delta.double().norm()) / before if before else math.nan
-        layers[name] = LoraXLayer(layer, delta, source.fingerprint(name))
+        shares[name] = converted.norm() / before if before else math.nan
+        layers[name] = converted
         progress(done, len(adapter.layers), name)
     if not layers:
         got = f"{adapter.name} and {source.name} ({source.family.label})"

@@ -8,7 +8,6 @@ from typing import Any
 from .adapters import LoraLayer, load_adapter
 from .adapters.keys import parse
 from .base import open_base
-from .linalg import norm
 from .tensorfile import TensorFile
 
 
@@ -55,14 +54,13 @@ def _adapter(path: Path) -> dict[str, Any]:
     adapter = load_adapter(path)
     rows: list[dict[str, Any]] = []
     for name, own in adapter.layers.items():
-        is_lora = isinstance(own, LoraLayer)
         rows.append(
             {
                 "layer": name,
                 "shape": list(own.layer.shape),
                 "rank": own.rank,
-                "alpha": own.alpha if is_lora else None,
-                "norm": norm(*own.factors()) if is_lora else float(own.delta.double().norm()),
+                "alpha": own.alpha if isinstance(own, LoraLayer) else None,
+                "norm": own.norm(),
                 "dtype": str(own.dtype).removeprefix("torch."),
             }
         )

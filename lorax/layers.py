@@ -1,5 +1,6 @@
 """What a layer is, and how its many spellings are found."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -46,10 +47,7 @@ class Layer:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """`(m, n)`: outputs and inputs, a convolution `[out, in, kh, kw]` counted as `[out, in*kh*kw]`."""
-        inputs = 1
-        for size in self.shape[1:]:
-            inputs *= size
-        return self.shape[0], inputs
+        return self.shape[0], math.prod(self.shape[1:])
 
     @property
     def kind(self) -> str:

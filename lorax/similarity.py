@@ -184,13 +184,18 @@ def compare_bases(
     return result
 
 
+def highest_rank(layers: Iterable[Layer]) -> int:
+    """Return the highest rank that one of `layers` can have: the largest `min(m, n)`."""
+    return max((min(layer.matrix_shape) for layer in layers), default=0)
+
+
 def check_rank(rank: int | None, layers: Iterable[Layer]) -> None:
     """Refuse a rank below 1 or above what every one of `layers` has.
 
     Raises:
         OptionError: `rank` is out of range.
     """
-    most = max((min(layer.matrix_shape) for layer in layers), default=0)
+    most = highest_rank(layers)
     if rank is not None and not 1 <= rank <= most:
         raise OptionError(
             "the rank is out of range", str(rank), f"give a whole number from 1 to {most} for these bases"

@@ -12,7 +12,7 @@ from .adapters.model import Adapter, AdapterLayer, LoraLayer, LoraXLayer, expand
 from .base import Base
 from .errors import MismatchError, OptionError
 from .layers import Layer
-from .linalg import Subspace, decompose, norm
+from .linalg import Subspace, decompose
 from .progress import Progress, silent
 from .report import ARRIVED, BOTH_RESIZED, Outcome, Row, TransferReport
 from .similarity import Score, Similarity, check_rank, pair_scores
@@ -143,18 +143,18 @@ def _check_belongs(adapter: Adapter, source: Base, target: Base) -> None:
         found = ((own.layer, base.layers.get(own.layer.name)) for own in layers)
         return sum(layer is not None and own.matrix_shape == layer.matrix_shape for own, layer in found)
 
-    if not (fits := fitting(source)):
+    if not fitting(source):
         raise MismatchError(
             "the adapter does not belong to the source base",
             f"{adapter.name} and {source.name} ({source.family.label})",
-            "swap source and target" if fitting(target) > fits else "give the base that it was made for",
+            "swap source and target" if fitting(target) else "give the base that it was made for",
         )
 
 
 def _move(own: AdapterLayer, source: Base, target: Base, options: _Options) -> tuple[Row, AdapterLayer | None]:
     """Pair one layer, compare its two weights, and move its update."""
     name = own.layer.name
-    row = Row(name, name if name in target.layers else "", Outcome.TRANSFERRED, source_norm=_norm(own))
+    row = Row(name, name if name in target.layers else "", Outcome.TRANSFERRED, source_norm=own.norm())
     row = _pair(row, own, source, target, options.method)
     if row.outcome is Outcome.KEPT:
         return row, own
@@ -179,7 +179,7 @@ def _move(own: AdapterLayer, source: Base, target: Base, options: _Options) -> t
         result = replace(own, layer=layer, lora_up=own.lora_up.to(dtype), lora_down=own.lora_down.to(dtype))
     else:
         result = _like(own, layer, B, A, options.dtype or own.dtype)
-    return replace(row, rank=space_t.rank if space_t else 0, target_norm=_norm(result)), result
+    return replace(row, rank=space_t.rank if space_t else 0, target_norm=result.norm()), result
 
 
 def _pair(row: Row, own: AdapterLayer, source: Base, target: Base, wanted: str) -> Row:
@@ -231,7 +231,3 @@ def _like(own: AdapterLayer, layer: Layer, B: Tensor, A: Tensor, dtype: torch.dt
     alpha = own.alpha if isinstance(own, LoraLayer) else None
     scale = own.scale if isinstance(own, LoraLayer) and own.scale else 1.0
     return LoraLayer(layer, (B / scale).to("cpu", dtype), A.to("cpu", dtype), alpha)
-
-
-def _norm(own: AdapterLayer) -> float:
-    return float(own.delta.double().norm()) if isinstance(own, LoraXLayer) else norm(*own.factors())

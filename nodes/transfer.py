@@ -7,6 +7,7 @@ from ..lorax.adapters import Adapter, LoraXLayer
 from ..lorax.convert import convert_to_lora, convert_to_lora_x
 from ..lorax.methods import METHODS
 from ..lorax.report import WEAK
+from ..lorax.similarity import highest_rank
 from ..lorax.transfer import transfer_adapter
 from . import host
 from .host import io, ui
@@ -78,7 +79,7 @@ class LoraXTransfer(io.ComfyNode):
     ):
         """Move it."""
         base_s, base_t = host.open_model(source, source_clip), host.open_model(target, target_clip)
-        most = max(min(layer.matrix_shape) for base in (base_s, base_t) for layer in base.layers.values())
+        most = highest_rank([*base_s.layers.values(), *base_t.layers.values()])
         moved, report = host.compute(
             lambda device, progress: transfer_adapter(
                 adapter,
@@ -168,7 +169,7 @@ class LoraXConvert(io.ComfyNode):
     def execute(cls, adapter, source, rank, source_clip=None):
         """Project it."""
         base = host.open_model(source, source_clip)
-        most = max(min(layer.matrix_shape) for layer in base.layers.values())
+        most = highest_rank(base.layers.values())
         converted, shares = host.compute(
             lambda device, progress: convert_to_lora_x(
                 adapter, base, rank=min(rank, most), device=device, progress=progress

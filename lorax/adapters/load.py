@@ -14,7 +14,7 @@ from torch import Tensor
 from ..base import Base
 from ..errors import FormatError, NumericsError
 from ..families import Family, families
-from ..layers import Layer
+from ..layers import Layer, reads_text
 from ..tensorfile import TensorFile
 from .keys import indexed_layers, parse
 from .model import Adapter, AdapterLayer, LoraLayer, LoraXLayer
@@ -115,11 +115,7 @@ def _family(shapes: Mapping[Module, tuple[int, ...]], naming: str, base: Base | 
             for layer, shape in found
         )
 
-    widths = {
-        shape[1]
-        for (_, path), shape in shapes.items()
-        if len(shape) > 1 and path.endswith(("attn2.to_k", "attn2_to_k"))
-    }
+    widths = {shape[1] for (_, path), shape in shapes.items() if len(shape) > 1 and reads_text(path)}
     if widths:
         return next((family for family in families().values() if widths == {family.unet.context_dim}), None)
     fits = {family: fitting(lambda module, f=family: _find(module, f, naming)) for family in families().values()}

@@ -11,7 +11,7 @@ from ..base import Base
 from ..errors import MismatchError
 from ..families import Family
 from ..layers import Layer, reads_text
-from ..linalg import Subspace, decompose
+from ..linalg import Subspace, decompose, norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,10 @@ class LoraLayer:
         up = self.lora_up.reshape(shape[0], self.rank, *[1] * len(shape[2:]))
         return up, self.lora_down.reshape(self.rank, *shape[1:])
 
+    def norm(self) -> float:
+        """Return `||delta_weight||_F`, from the factors."""
+        return norm(*self.factors())
+
     def delta_weight(self) -> Tensor:
         """Return the dense update `[m, n]` in float32 (for inspection: the package itself never forms it)."""
         B, A = self.factors()
@@ -89,6 +93,10 @@ class LoraXLayer:
     def dtype(self) -> torch.dtype:
         """The dtype of `delta`."""
         return self.delta.dtype
+
+    def norm(self) -> float:
+        """Return `||delta_weight||_F`, which is that of `delta`."""
+        return float(self.delta.double().norm())
 
     def check_source(self, source: Base) -> None:
         """Check that `source` holds the very weight that `delta` belongs to.

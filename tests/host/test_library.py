@@ -171,21 +171,22 @@ def test_unpatching_restores_the_model_bit_by_bit(pack, model, lora):
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_patching_a_model_of_another_family_is_refused(pack, model, tmp_path):
-    module = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
-    tensors = {f"{module}.lora_up.weight": torch.ones(640, 2), f"{module}.lora_down.weight": torch.ones(2, 2048)}
-    save_file(tensors, tmp_path / "xl.safetensors")
-    adapter = pack.lorax.load_adapter(tmp_path / "xl.safetensors")
-    with pytest.raises(pack.lorax.MismatchError, match="different families"):
-        pack.host.apply_adapter(model, None, adapter, 1.0)
-
-
-def test_an_adapter_that_fits_nowhere_is_an_error_and_not_an_unpatched_model(pack, model, tmp_path):
-    module = "lora_unet_down_blocks_3_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {f"{module}.lora_up.weight": torch.ones(320, 2), f"{module}.lora_down.weight": torch.ones(2, 320)}
+@pytest.mark.parametrize(
+    ("module", "m", "n", "words"),
+    [
+        ("input_blocks_4_1_transformer_blocks_0_attn2_to_k", 640, 2048, "different families"),
+        ("down_blocks_3_attentions_0_transformer_blocks_0_attn1_to_q", 320, 320, "fits the model"),
+    ],
+    ids=["of another family", "fits nowhere"],
+)
+def test_an_adapter_that_does_not_fit_is_an_error_and_not_an_unpatched_model(
+    pack, model, tmp_path, module, m, n, words
+):
+    module = f"lora_unet_{module}"
+    tensors = {f"{module}.lora_up.weight": torch.ones(m, 2), f"{module}.lora_down.weight": torch.ones(2, n)}
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = pack.lorax.load_adapter(tmp_path / "a.safetensors")
-    with pytest.raises(pack.lorax.MismatchError, match="fits the model"):
+    with pytest.raises(pack.lorax.MismatchError, match=words):
         pack.host.apply_adapter(model, None, adapter, 1.0)
 
 
