@@ -47,7 +47,7 @@ def svd_loop(folder: Path, device: str) -> None:
     adapter, out = load_file(folder / "lora.safetensors"), {}
     for name, layer in base.layers.items():
         if f"{name}.lora_A.weight" in adapter:
-            W = target[f"model.diffusion_model.{layer.ldm}.weight"].float().to(device).reshape(layer.matrix_shape)
+            W = target[f"model.diffusion_model.{layer.original}.weight"].float().to(device).reshape(layer.matrix_shape)
             U, _, Vh = torch.linalg.svd(W, full_matrices=False)
             U, Vh = U[:, :RANK], Vh[:RANK]
             B, A = adapter[f"{name}.lora_B.weight"].to(device), adapter[f"{name}.lora_A.weight"].to(device)

@@ -52,7 +52,7 @@ def base_tensors(
 
     shapes = {f"model.diffusion_model.{key}": shape for key, shape in family.unet.parameters().items()}
     for encoder in family.text_encoders if text_encoders else ():
-        shapes |= {f"{encoder.checkpoint}{key}": shape for key, shape in _text_parameters(encoder).items()}
+        shapes |= {f"{encoder.checkpoint[0]}{key}": shape for key, shape in _text_parameters(encoder).items()}
     return {key: weight(key, shape) for key, shape in shapes.items()}
 
 
@@ -62,7 +62,7 @@ def write_base(path: Path, family: Family, seed: int, **options: object) -> None
 
 
 def _text_parameters(encoder: TextEncoder) -> dict[str, tuple[int, ...]]:
-    if encoder.naming == "hf":
+    if encoder.kind not in ("clip_g", "clip_h"):  # those lie in checkpoints as OpenCLIP spells them
         return {f"{path}.weight": shape for path, shape in encoder.shapes().items()}
     width, found = encoder.width, {}
     for i in range(encoder.depth):

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +13,18 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError, NumericsError
-from .families import Family, family_of, unet_layers
-from .layers import Layer, LayerTable
+from .families import UNKNOWN, Family, Shapes, families, recognise
+from .layers import MAIN, Layer, LayerTable
 from .tensorfile import TensorFile
 
-UNET_PREFIXES = ("model.diffusion_model.", "")
+# Where the model that denoises lies in a file: in checkpoints, in ComfyUI's own saves, in the original repositories.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.", "")
+# Keys that only adapters have.
+ADAPTER_KEY = re.compile(r"\.(lora_|hada_|lokr_|oft_|dora_scale|delta$|alpha$|diff$)")
+# What a tensor-wise scaled fp8 weight has beside it: ComfyUI's two spellings.
+SCALES = ("scale_weight", "weight_scale")
 SAMPLED_LAYERS = 8
+Rows = tuple[int, int]
 OPENCLIP = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 
@@ -30,8 +37,9 @@ class Base:
         family: The family that it belongs to.
         layers: Its linear and convolution layers, by name.
         read: Returns the weight of a layer, `layer.shape`, any floating dtype.
+        vectors: Its norms and biases, by name with `.weight` or `.bias`.
         files: The files that it reads, which no output may replace.
-        naming: How its file spells the U-Net: `ldm` or `diffusers`.
+        naming: How its file spells the layers: `original` or `diffusers`.
         dtypes: How many tensors are stored in each dtype.
         parameters: How many numbers they hold.
     """
@@ -40,6 +48,7 @@ class Base:
     family: Family
     layers: LayerTable
     read: Callable[[Layer], Tensor]
+    vectors: LayerTable = field(default_factory=lambda: LayerTable([]))
     files: list[Path] = field(default_factory=list[Path])
     naming: str = ""
     dtypes: Counter[str] = field(default_factory=Counter[str])
@@ -74,13 +83,19 @@ class Base:
 
         Two fine-tunes of one base differ in it unless all of the sampled layers are equal.
         """
-        attention = [layer.name for layer in self.layers.values() if layer.is_attention and layer.component == "unet"]
-        return " ".join(self.fingerprint(name) for name in attention[:: max(1, len(attention) // SAMPLED_LAYERS)])
+        main = [layer for layer in self.layers.values() if layer.is_main]
+        names = [layer.name for layer in main if layer.is_attention] or [layer.name for layer in main]
+        return " ".join(self.fingerprint(name) for name in names[:: max(1, len(names) // SAMPLED_LAYERS)])
 
     @property
     def components(self) -> list[str]:
-        """`unet` and the text encoders that are there."""
+        """The model that denoises (`unet` or `transformer`) and the text encoders that are there."""
         return self.layers.components
+
+    @property
+    def label(self) -> str:
+        """What people call the model: the member of its family, such as `SSD-1B`, else the family."""
+        return self.family.variant(self.layers.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,63 +104,59 @@ class _Place:
 
     file: TensorFile
     key: str
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
+
+    def read(self) -> Tensor:
+        weight = self.file.tensor(self.key, self.rows)
+        for scale in SCALES:
+            beside = f"{self.key.removesuffix('weight')}{scale}"
+            if beside in self.file.entries:
+                return weight.float() * self.file.tensor(beside).float()
+        return weight
 
 
 def open_base(path: str | os.PathLike[str]) -> Base:
     """Open a base model without reading its weights.
 
     Args:
-        path: A single-file checkpoint (`model.diffusion_model.*`), a U-Net file in LDM or diffusers naming, or the
-            folder of a diffusers pipeline (its `unet`, `text_encoder` and `text_encoder_2`).
+        path: A single-file checkpoint, the file of a U-Net or a diffusion transformer in its original or in diffusers'
+            naming, or the folder of a diffusers pipeline.
 
     Returns:
-        The base, with the text encoders that the file or folder holds.
+        The base, with the text encoders that the file or folder holds. A model of no known family has its layers by
+        their own names.
 
     Raises:
         FileError: A file is missing or damaged.
-        FormatError: There is no U-Net of a known family in it.
+        FormatError: There is no model in it.
     """
     path = Path(path)
-    parts = _folder(path) if path.is_dir() else {"": TensorFile(path)}
+    parts = _folder(path) if path.is_dir() else {"": {key: file for file in [TensorFile(path)] for key in file.entries}}
+    main = next((parts[part] for part in (*MAIN, "") if part in parts), None)
+    if main is None:
+        fix = "give a diffusers folder with unet/ or transformer/ in it, or a file"
+        raise FormatError("the folder holds no U-Net and no transformer", str(path), fix)
+    family, prefix, shapes = _recognise(main, str(path))
+    found = family.layers(shapes)
+    naming = "original" if any(layer.original in shapes for layer in found) else "diffusers"
     places: dict[str, _Place] = {}
-    layers: list[Layer] = []
-    unet = parts.get("unet") or parts.get("")
-    if unet is None:
-        raise FormatError("the folder holds no U-Net", str(path), "give a diffusers folder with unet/ in it, or a file")
-    prefix = next(
-        (p for p in UNET_PREFIXES if {p + "input_blocks.0.0.weight", p + "conv_in.weight"} & set(unet.entries)), None
-    )
-    if prefix is None:
-        raise FormatError(
-            "no U-Net of Stable Diffusion 1.x or XL in the file",
-            f"{unet.path} with keys such as {', '.join(list(unet.entries)[:2]) or '(none)'}",
-            "give a checkpoint or a U-Net file of these families",
-        )
-    found = unet_layers(_module_shapes(unet, prefix))
-    naming = "ldm" if prefix + "input_blocks.0.0.weight" in unet.entries else "diffusers"
-    family = family_of(found, str(unet.path))
     for layer in found:
-        places[layer.name] = _Place(unet, f"{prefix}{layer.ldm if naming == 'ldm' else layer.path}.weight")
-    layers += found
+        key = prefix + (layer.original if naming == "original" and layer.original else layer.path) + ".weight"
+        places[layer.name] = _Place(main[key], key, layer.rows if naming == "original" else None)
+    layers = [*found]
     for encoder in family.text_encoders:
-        file, start = (parts[""], encoder.checkpoint) if "" in parts else (parts.get(encoder.component), "")
-        if file is not None:
-            for layer, place in _text_layers(encoder.component, file, start):
-                layers.append(layer)
-                places[layer.name] = place
-
-    def read(layer: Layer) -> Tensor:
-        place = places[layer.name]
-        return place.file.tensor(place.key, place.rows)
-
-    entries = [entry for file in parts.values() for entry in file.entries.values()]
+        files, starts = (main, encoder.checkpoint) if "" in parts else (parts.get(encoder.component, {}), ("",))
+        for layer, place in _text_layers(encoder.component, files, starts):
+            layers.append(layer)
+            places[layer.name] = place
+    entries = [file.entries[key] for files in parts.values() for key, file in files.items()]
     return Base(
         name=path.name,
         family=family,
         layers=LayerTable(layers),
-        read=read,
-        files=[file.path for file in parts.values()],
+        read=lambda layer: places[layer.name].read(),
+        vectors=LayerTable(family.vectors(_sizes(main, prefix), found)),
+        files=list({file.path: None for files in parts.values() for file in files.values()}),
         naming=naming,
         dtypes=Counter(entry.dtype for entry in entries),
         parameters=sum(math.prod(entry.shape) for entry in entries),
@@ -154,60 +165,120 @@ def open_base(path: str | os.PathLike[str]) -> Base:
 
 def loaded_base(
     name: str,
-    unet: Mapping[str, tuple[int, ...]],
-    text_encoders: Mapping[str, Mapping[str, tuple[int, ...]]],
+    parameters: Shapes,
+    text_encoders: Mapping[str, Shapes],
     read: Callable[[Layer], Tensor],
+    spellings: Mapping[str, tuple[str, Rows | None]] | None = None,
 ) -> Base:
     """Make a base of a model that another program holds in memory.
 
     Args:
         name: What to call it.
-        unet: Weight shape of every module of its U-Net, norms included, by module path (diffusers or LDM).
-        text_encoders: For each text encoder (`text_encoder`, `text_encoder_2`) the same, by Hugging Face module path.
+        parameters: Shape of every parameter of the model that denoises, by its name there (`....weight`, `....bias`).
+        text_encoders: For each text encoder, by kind (`clip_l`, `clip_g`, `clip_h`, `t5xxl`), the weight shape of its
+            modules by Hugging Face module path.
         read: Returns the weight of a layer, `layer.shape`, any floating dtype.
-
-    Raises:
-        FormatError: The U-Net is of no known family.
+        spellings: What adapter files call the modules of a model of no known family: any module path -> the module
+            that it means, and the rows where it is a part of that.
     """
-    layers = unet_layers(unet)
-    family = family_of(layers, name)
-    for component, shapes in text_encoders.items():
-        layers += [Layer(f"{component}.{path}", shape) for path, shape in shapes.items() if len(shape) == 2]
-    return Base(name, family, LayerTable(layers), read)
+    shapes = {key.removesuffix(".weight"): shape for key, shape in parameters.items() if key.endswith(".weight")}
+    family = recognise(shapes) or UNKNOWN
+    found = family.layers(shapes)
+    names: dict[str, list[str]] = {}
+    if family is UNKNOWN:
+        found, names = _spelled(found, spellings or {})
+    layers = [*found]
+    component = {encoder.kind: encoder.component for encoder in family.text_encoders}
+    for kind, modules in text_encoders.items():
+        if kind in component:
+            layers += [Layer(f"{component[kind]}.{path}", shape) for path, shape in modules.items() if len(shape) == 2]
+    sizes = {key: shape[0] for key, shape in parameters.items() if len(shape) == 1}
+    return Base(name, family, LayerTable(layers, names), read, LayerTable(family.vectors(sizes, found)))
 
 
-def _folder(path: Path) -> dict[str, TensorFile]:
-    parts: dict[str, TensorFile] = {}
-    for component in ("unet", "text_encoder", "text_encoder_2"):
-        files = sorted((path / component).glob("*.safetensors"))
+def _recognise(files: Mapping[str, TensorFile], name: str) -> tuple[Family, str, dict[str, tuple[int, ...]]]:
+    """Return the family, the prefix of its keys, and the shape of each module's weight."""
+    if any(ADAPTER_KEY.search(key) for key in files):
+        raise FormatError("an adapter where a base model is wanted", name, "give a checkpoint")
+    found = {prefix: shapes for prefix in PREFIXES if (shapes := _module_shapes(files, prefix))}
+    for prefix, shapes in found.items():
+        if family := recognise(shapes):
+            return family, prefix, shapes
+    prefix = next((prefix for prefix in found if prefix in (*PREFIXES[:2], "")), "")
+    shapes = found.get(prefix, {})
+    if not any(layer.block for layer in UNKNOWN.layers(shapes)):
+        got = f"{name} with keys such as {', '.join(list(files)[:2]) or '(none)'}"
+        known = ", ".join(family.label for family in families().values())
+        raise FormatError("no diffusion model in the file", got, f"give a checkpoint of one of: {known}")
+    return UNKNOWN, prefix, shapes
+
+
+def _spelled(
+    layers: list[Layer], spellings: Mapping[str, tuple[str, Rows | None]]
+) -> tuple[list[Layer], dict[str, list[str]]]:
+    """Cut layers into the parts that the spellings know; return also the names of the layers that each spelling means."""
+    parts: dict[str, dict[Rows, str]] = {}
+    for path, (module, rows) in spellings.items():
+        if rows is not None and (rows not in (known := parts.setdefault(module, {})) or "." in path):
+            known[rows] = path
+    cut: list[Layer] = []
+    for layer in layers:
+        whole = {None: layer.path} if layer.original not in parts else dict(sorted(parts[layer.original].items()))
+        for rows, path in whole.items():
+            shape = layer.shape if rows is None else (rows[1] - rows[0], *layer.shape[1:])
+            cut.append(Layer(f"{layer.component}.{path}", shape, layer.original, rows))
+    place = {(layer.original, layer.rows): layer.name for layer in cut}
+    return cut, {path: [place[target]] for path, target in spellings.items() if target in place}
+
+
+def _folder(path: Path) -> dict[str, dict[str, TensorFile]]:
+    """Return for each component of a diffusers pipeline its keys and the file that holds each."""
+    parts: dict[str, dict[str, TensorFile]] = {}
+    for component in (*MAIN, "text_encoder", "text_encoder_2", "text_encoder_3"):
+        shards: dict[str, list[Path]] = {}
+        for file in sorted((path / component).glob("*.safetensors")):
+            shards.setdefault(re.sub(r"-\d+-of-\d+", "", file.name), []).append(file)
         # A folder often holds the same weights in full and in half precision; the full ones have the shorter name.
-        if files:
-            parts[component] = TensorFile(min(files, key=lambda file: len(file.name)))
+        if shards:
+            files = map(TensorFile, shards[min(shards, key=len)])
+            parts[component] = {key: file for file in files for key in file.entries}
     return parts
 
 
-def _module_shapes(file: TensorFile, prefix: str) -> dict[str, tuple[int, ...]]:
+def _module_shapes(files: Mapping[str, TensorFile], prefix: str) -> dict[str, tuple[int, ...]]:
     return {
-        key.removeprefix(prefix).removesuffix(".weight"): entry.shape
-        for key, entry in file.entries.items()
+        key.removeprefix(prefix).removesuffix(".weight"): file.entries[key].shape
+        for key, file in files.items()
         if key.startswith(prefix) and key.endswith(".weight")
     }
 
 
-def _text_layers(component: str, file: TensorFile, prefix: str) -> Iterable[tuple[Layer, _Place]]:
-    for key, entry in file.entries.items():
-        module = key.removeprefix(prefix)
-        if (module == key and prefix) or len(entry.shape) != 2:
+def _sizes(files: Mapping[str, TensorFile], prefix: str) -> dict[str, int]:
+    return {
+        key.removeprefix(prefix): file.entries[key].shape[0]
+        for key, file in files.items()
+        if key.startswith(prefix) and len(file.entries[key].shape) == 1
+    }
+
+
+def _text_layers(
+    component: str, files: Mapping[str, TensorFile], prefixes: Iterable[str]
+) -> Iterable[tuple[Layer, _Place]]:
+    for key, file in files.items():
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        shape = file.entries[key].shape
+        if prefix is None or len(shape) != 2:
             continue
-        if module.startswith("text_model.encoder.layers.") and module.endswith(".weight"):
-            yield Layer(f"{component}.{module.removesuffix('.weight')}", entry.shape), _Place(file, key)
+        module = key.removeprefix(prefix)
+        if module.startswith(("text_model.encoder.layers.", "encoder.block.")) and module.endswith(".weight"):
+            yield Layer(f"{component}.{module.removesuffix('.weight')}", shape), _Place(file, key)
         elif module.startswith("transformer.resblocks."):
             number, _, part = module.removeprefix("transformer.resblocks.").partition(".")
             layer = f"{component}.text_model.encoder.layers.{number}"
             if part == "attn.in_proj_weight":
-                width = entry.shape[1]
+                width = shape[1]
                 for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
                     rows = (i * width, (i + 1) * width)
                     yield Layer(f"{layer}.self_attn.{name}", (width, width)), _Place(file, key, rows)
             elif part.removesuffix(".weight") in OPENCLIP:
-                yield Layer(f"{layer}.{OPENCLIP[part.removesuffix('.weight')]}", entry.shape), _Place(file, key)
+                yield Layer(f"{layer}.{OPENCLIP[part.removesuffix('.weight')]}", shape), _Place(file, key)

@@ -1,118 +1,334 @@
-"""The families of base models that are known, from `families.toml`, and their layers."""
+"""The families of base models that are known, from `tables/`, and the names of their layers."""
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from .errors import FormatError
-from .layers import Layer, LayerTable, reads_text
+from .layers import MAIN, Layer, LayerTable, flatten, reads_text
 from .unet import UNetConfig, diffusers_to_ldm, ldm_to_diffusers
+
+# kind -> layers, width, inner width of the feed-forward
+TEXT_SIZES = {
+    "clip_l": (12, 768, 3072),
+    "clip_h": (24, 1024, 4096),
+    "clip_g": (32, 1280, 5120),
+    "t5xxl": (24, 4096, 10240),
+}
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """A CLIP text encoder of a family: where it lies in a checkpoint, and how LoRA files call it."""
+    """A text encoder of a family: where it lies in a checkpoint, and how LoRA files call it.
+
+    Attributes:
+        component: Its folder in a diffusers pipeline, such as `text_encoder_2`.
+        kind: `clip_l`, `clip_g`, `clip_h` or `t5xxl`, as ComfyUI calls them.
+        checkpoint: The prefixes that its keys have in single-file checkpoints.
+        kohya: The prefix that its modules have in LoRA files in kohya naming.
+        depth: Layers of the full-size model.
+        width: Its width.
+        inner: Inner width of its feed-forward.
+    """
 
     component: str
-    checkpoint: str
-    naming: str
+    kind: str
+    checkpoint: tuple[str, ...]
     kohya: str
-    width: int
     depth: int
+    width: int
+    inner: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the weight shape of each linear layer by its Hugging Face module path."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for i in range(self.depth):
-            layer = f"text_model.encoder.layers.{i}"
+        wide, up, down = (self.width, self.width), (self.inner, self.width), (self.width, self.inner)
+        if self.kind == "t5xxl":
+            parts = {f"0.SelfAttention.{part}": wide for part in "qkvo"}
+            parts |= {"1.DenseReluDense.wi_0": up, "1.DenseReluDense.wi_1": up, "1.DenseReluDense.wo": down}
+            layer = "encoder.block.{}.layer."
+        else:
             # k, v, q, out is the order in which transformers registers them; the indexed format counts by it.
-            for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
-                shapes[f"{layer}.self_attn.{part}"] = (self.width, self.width)
-            shapes[f"{layer}.mlp.fc1"] = (4 * self.width, self.width)
-            shapes[f"{layer}.mlp.fc2"] = (self.width, 4 * self.width)
-        return shapes
+            parts = {f"self_attn.{part}_proj": wide for part in ("k", "v", "q", "out")}
+            parts |= {"mlp.fc1": up, "mlp.fc2": down}
+            layer = "text_model.encoder.layers.{}."
+        return {layer.format(i) + part: shape for i in range(self.depth) for part, shape in parts.items()}
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """A named member of a family, told by its numbers of blocks and, where it is given, by its width."""
+
+    label: str
+    blocks: Mapping[str, int] = field(default_factory=dict[str, int])
+    width: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class Family:
-    """A family of base models that share their layer names, such as `sd1` or `sdxl`."""
+    """A family of base models that share their layer names, such as `sd1` or `flux`.
+
+    Attributes:
+        name: The name of its table.
+        label: What people call it.
+        component: `unet` or `transformer`.
+        kohya: The naming that kohya's scripts flatten in LoRA files: `original` or `diffusers`.
+        has: Modules, in the original naming, that its models have.
+        lacks: Modules that they do not have.
+        width: A module, and the input widths that it may have, where names alone do not tell.
+        modules: Original module path -> the diffusers paths that it is, in row order; `*` for the number of the block.
+        rows: How the rows of a fused weight are shared where it is not as usual: `n` for the number of columns.
+        variants: Named members.
+        text_encoders: Its text encoders.
+        unet: For a U-Net, the configuration of the full-size model.
+    """
 
     name: str
     label: str
-    kohya_unet: str
-    unet: UNetConfig
-    text_encoders: tuple[TextEncoder, ...]
+    component: str
+    kohya: str
+    has: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    width: tuple[str, tuple[int, ...]] = ("", ())
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    variants: tuple[Variant, ...] = ()
+    text_encoders: tuple[TextEncoder, ...] = ()
+    unet: UNetConfig | None = None
 
+    @cached_property
     def table(self) -> LayerTable:
-        """Return the layers of the family's full-size model."""
-        return _table(self)
+        """The layers of the family's full-size model: those of the text encoders and, for a U-Net, all."""
+        shapes = self.unet.parameters() if self.unet else {}
+        layers = self.layers({key.removesuffix(".weight"): v for key, v in shapes.items() if key.endswith(".weight")})
+        for encoder in self.text_encoders:
+            layers += [Layer(f"{encoder.component}.{path}", shape) for path, shape in encoder.shapes().items()]
+        return LayerTable(layers)
+
+    def layers(self, shapes: Shapes) -> list[Layer]:
+        """Return the linear and convolution layers of a model that denoises, fused weights cut into their parts.
+
+        Args:
+            shapes: Weight shape of every module, norms included, by module path, original or diffusers.
+
+        Returns:
+            The layers, in the order of `shapes`. A module that fits no rule keeps its own path.
+        """
+        if self.unet is not None:
+            return _unet_layers(shapes)
+        layers: list[Layer] = []
+        for path, shape in shapes.items():
+            if len(shape) < 2:
+                continue
+            if (fused := self._original_of(path)) and fused[0] not in shapes:
+                original, parts = fused
+                rows = _offsets([shapes.get(part, shape)[0] for part in parts])[parts.index(path)]
+                layers.append(Layer(f"{self.component}.{path}", shape, original, rows if len(parts) > 1 else None))
+            else:
+                layers += self._cut(path, shape)
+        return layers
+
+    def vectors(self, sizes: Mapping[str, int], layers: Iterable[Layer]) -> list[Layer]:
+        """Return norms and biases as layers of one dimension, `unet.mid_block.resnets.0.norm1.weight`.
+
+        Args:
+            sizes: Size of every parameter of one dimension, by its name in the model.
+            layers: The layers of the same model, whose blocks the parameters lie in.
+        """
+        layers = list(layers)
+        paths = {layer.path: layer.original for layer in layers}
+        originals = {original: path for path, original in paths.items()}
+        modules = {key.rpartition(".")[0] for key in sizes}
+        if self.unet is not None:
+            is_ldm = any(original in modules for original in originals)
+            names = ldm_to_diffusers({*modules, *originals}) if is_ldm else diffusers_to_ldm({*modules, *paths})
+            originals, paths = (names, {}) if is_ldm else ({}, names)
+        blocks = {_block(layer.original): layer.block for layer in layers if layer.block and layer.original}
+        found: list[Layer] = []
+        for key, size in sizes.items():
+            module, _, parameter = key.rpartition(".")
+            block = blocks.get(_block(module))
+            path = originals.get(module) or (block and block.partition(".")[2] + module.removeprefix(_block(module)))
+            original = module if path else paths.get(module, "")
+            found.append(
+                Layer(f"{self.component}.{path or module}.{parameter}", (size,), f"{original or module}.{parameter}")
+            )
+        return found
+
+    def find(self, component: str, path: str, shape: tuple[int, ...] = ()) -> list[Layer]:
+        """Return the layers that a module path of an adapter file means, as far as the names tell without a base.
+
+        Args:
+            component: A text encoder, or `unet` or `transformer`, which both mean the model that denoises.
+            path: Dotted or flattened, original or diffusers.
+            shape: Shape of the update, by which a fused one is cut.
+
+        Returns:
+            No layer, one, or the parts of a fused weight in row order.
+        """
+        if component not in MAIN or self.unet is not None:
+            return self.table.find(component, path)
+        if original := self._unflatten(path, self._originals):
+            return self._cut(original, shape)
+        if (known := self._unflatten(path, self._diffusers)) and (fused := self._original_of(known)):
+            return [Layer(f"{self.component}.{known}", shape, fused[0])]
+        return []
+
+    def variant(self, layers: Iterable[Layer]) -> str:
+        """Return the label of the member that has these layers, else that of the family."""
+        names = [layer.path for layer in layers if layer.is_main]
+        widths = {layer.shape[1] for layer in layers if layer.original == self.has[0]} if self.has else set[int]()
+        for variant in self.variants:
+            counted = {container: _count(names, container) for container in variant.blocks}
+            if counted == dict(variant.blocks) and (not variant.width or variant.width in widths):
+                return variant.label
+        return self.label
+
+    def fits(self, shapes: Shapes) -> bool:
+        """Return whether a model with these modules (in either naming) is of this family."""
+        if self.unet is not None:
+            widths = {shape[1] for path, shape in shapes.items() if reads_text(path)}
+            return bool({"input_blocks.0.0", "conv_in"} & set(shapes)) and widths == {self.unet.context_dim}
+        places = {module: self._diffusers_of(module) for module in (*self.has, *self.lacks, self.width[0])}
+
+        def there(module: str) -> bool:
+            return module in shapes or (bool(places[module]) and all(path in shapes for path in places[module]))
+
+        if not all(map(there, self.has)) or any(map(there, self.lacks)):
+            return False
+        module, widths = self.width
+        found: tuple[int, ...] = next((shapes[path] for path in (module, *places[module]) if path in shapes), ())
+        return not module or (len(found) > 1 and found[1] in widths)
+
+    @cached_property
+    def _originals(self) -> dict[str, str]:
+        return {flatten(pattern): pattern for pattern in (*self.modules, *map(_starred, self.has))}
+
+    @cached_property
+    def _diffusers(self) -> dict[str, str]:
+        found = {flatten(path): path for paths in self.modules.values() for path in paths}
+        return {flat.removesuffix("_0"): path for flat, path in found.items() if flat.endswith("to_out_0")} | found
+
+    @cached_property
+    def _fused(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        return {path: (pattern, paths) for pattern, paths in self.modules.items() for path in paths}
+
+    def _unflatten(self, path: str, patterns: Mapping[str, str]) -> str:
+        """Return the dotted form of a dotted or flattened path whose pattern is known; empty if none is."""
+        flat = flatten(path)
+        number = re.search(r"_(\d+)(?=_)", flat)
+        if number and (pattern := patterns.get(flat[: number.start()] + "_*" + flat[number.end() :])):
+            return pattern.replace("*", number.group(1))
+        return patterns.get(flat, "")
+
+    def _original_of(self, path: str) -> tuple[str, tuple[str, ...]] | None:
+        """Return the original path of a diffusers path, and all diffusers paths that lie in the same weight."""
+        starred, number = _starred(path), _number(path)
+        found = self._fused.get(starred) or self._fused.get(path)
+        return found and (found[0].replace("*", number), tuple(part.replace("*", number) for part in found[1]))
+
+    def _diffusers_of(self, path: str) -> tuple[str, ...]:
+        paths = self.modules.get(_starred(path)) or self.modules.get(path) or ()
+        return tuple(part.replace("*", _number(path)) for part in paths)
+
+    def _cut(self, original: str, shape: tuple[int, ...]) -> list[Layer]:
+        """Return the layers of one original weight; without a shape, only their names."""
+        paths = self._diffusers_of(original) or (original,)
+        names = [f"{self.component}.{path}" for path in paths]
+        if len(paths) == 1 or not shape:
+            return [Layer(name, shape, original) for name in names]
+        rule = self.rows.get(_starred(original)) or DEFAULT_ROWS.get(len(paths)) or ("n",) * (len(paths) - 1) + ("*",)
+        rest = shape[0] - rule.count("n") * shape[1]
+        if rest <= 0 or rest % rule.count("*"):
+            return [Layer(f"{self.component}.{original}", shape, original)]
+        sizes = [shape[1] if size == "n" else rest // rule.count("*") for size in rule]
+        return [
+            Layer(name, (size, *shape[1:]), original, rows)
+            for name, size, rows in zip(names, sizes, _offsets(sizes), strict=True)
+        ]
+
+
+# The rest, shared equally, for `*`: queries as wide as the input, keys and values alike; feed-forward rows last.
+DEFAULT_ROWS = {2: ("*", "*"), 3: ("n", "*", "*")}
+UNKNOWN = Family("unknown", "an unknown family", "transformer", "original")
 
 
 @cache
 def families() -> Mapping[str, Family]:
-    """Return the known families by name, in the order of preference."""
-    text = Path(__file__).with_name("families.toml").read_text(encoding="utf-8")
-    found: dict[str, Family] = {}
-    for name, entry in tomllib.loads(text).items():
-        unet: dict[str, Any] = dict(entry["unet"])
-        unet |= {key: tuple(unet[key]) for key in ("channel_mult", "transformer_depth")}
-        encoders = tuple(TextEncoder(**encoder) for encoder in entry["text_encoders"])
-        found[name] = Family(name, entry["label"], entry["kohya_unet"], UNetConfig(**unet), encoders)
-    return found
+    """Return the known families by name, in the order in which they are tried."""
+    paths = sorted(Path(__file__).with_name("tables").glob("*.toml"))
+    found = {path.stem: _family(path.stem, tomllib.loads(path.read_text(encoding="utf-8"))) for path in paths}
+    # U-Nets first: what fits several, such as an adapter for CLIP-L only, most likely is for one of them.
+    return dict(sorted(found.items(), key=lambda item: item[1].unet is None))
 
 
-def family_of(layers: Iterable[Layer], name: str) -> Family:
-    """Return the family that a U-Net belongs to, told by the width of its text embedding.
+def recognise(shapes: Shapes) -> Family | None:
+    """Return the family of a model that denoises, told by its modules; None if it is none that is known.
 
     Args:
-        layers: The layers of the U-Net.
-        name: What to call it in the error.
-
-    Raises:
-        FormatError: No known family has this width; the kinds of layer that were seen are named.
+        shapes: Weight shape of every module, norms included, by module path, original or diffusers.
     """
-    layers = list(layers)
-    widths = {layer.shape[1] for layer in layers if reads_text(layer.path)}
-    for family in families().values():
-        if widths == {family.unet.context_dim}:
-            return family
-    kinds = list(dict.fromkeys(layer.kind for layer in layers))
-    raise FormatError(
-        "no U-Net of a known family",
-        f"{name} with text width {', '.join(map(str, sorted(widths))) or 'none'} and layers such as "
-        + (", ".join(kinds[:4]) or "none"),
-        f"known are {', '.join(f'{f.label} (width {f.unet.context_dim})' for f in families().values())}",
+    return next((family for family in families().values() if family.fits(shapes)), None)
+
+
+def _family(name: str, entry: dict[str, Any]) -> Family:
+    encoders = (
+        TextEncoder(e["component"], e["kind"], tuple(e["checkpoint"]), e["kohya"], *TEXT_SIZES[e["kind"]])
+        for e in entry.get("text_encoders", ())
+    )
+    width, unet = entry.get("width"), dict[str, Any](entry.get("unet", {}))
+    unet |= {key: tuple(unet[key]) for key in ("channel_mult", "transformer_depth") if key in unet}
+    return Family(
+        name,
+        entry["label"],
+        entry["component"],
+        entry["kohya"],
+        has=tuple(entry.get("has", ())),
+        lacks=tuple(entry.get("lacks", ())),
+        width=(width["module"], tuple(width["is"])) if width else ("", ()),
+        modules={k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("modules", {}).items()},
+        rows={k: tuple(v) for k, v in entry.get("rows", {}).items()},
+        variants=tuple(Variant(v["label"], v["blocks"], v.get("width", 0)) for v in entry.get("variants", ())),
+        text_encoders=tuple(encoders),
+        unet=UNetConfig(**unet) if unet else None,
     )
 
 
-@cache
-def _table(family: Family) -> LayerTable:
-    shapes = {
-        key.removesuffix(".weight"): shape for key, shape in family.unet.parameters().items() if key.endswith(".weight")
-    }
-    layers = unet_layers(shapes)
-    for encoder in family.text_encoders:
-        layers += [Layer(f"{encoder.component}.{path}", shape) for path, shape in encoder.shapes().items()]
-    return LayerTable(layers)
-
-
-def unet_layers(shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
-    """Return the linear and convolution layers of a U-Net in either naming.
-
-    Args:
-        shapes: Weight shape of every module of the U-Net, norms included, by module path (diffusers or LDM).
-
-    Returns:
-        The layers, in the order of `shapes`. A module that fits no naming rule keeps its own path.
-    """
+def _unet_layers(shapes: Shapes) -> list[Layer]:
     is_ldm = "input_blocks.0.0" in shapes
     other = ldm_to_diffusers(shapes) if is_ldm else diffusers_to_ldm(shapes)
     layers: list[Layer] = []
     for path, shape in shapes.items():
         if len(shape) in (2, 4):
-            name, ldm = (other.get(path, path), path) if is_ldm else (path, other.get(path, ""))
-            layers.append(Layer(f"unet.{name}", shape, ldm))
+            name, original = (other.get(path, path), path) if is_ldm else (path, other.get(path, ""))
+            layers.append(Layer(f"unet.{name}", shape, original))
     return layers
+
+
+def _count(names: Iterable[str], container: str) -> int:
+    """Return how many numbered blocks there are of a container."""
+    numbered = re.compile(rf"(.*\.)?{container}\.\d+(?=\.)")
+    return len({found.group() for name in names if (found := numbered.match(name))})
+
+
+def _starred(path: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path, count=1)
+
+
+def _number(path: str) -> str:
+    found = re.search(r"(?<=\.)\d+(?=\.)", path)
+    return found.group() if found else ""
+
+
+def _block(path: str) -> str:
+    """Return the block of an original path, without a component."""
+    return Layer(f"x.{path}", ()).block.partition(".")[2]
+
+
+def _offsets(sizes: list[int]) -> list[tuple[int, int]]:
+    ends = list(accumulate(sizes))
+    return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]

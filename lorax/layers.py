@@ -1,13 +1,19 @@
 """What a layer is, and how its many spellings are found."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+# What adapter files call the model that denoises, whichever of the two it is.
+MAIN = ("unet", "transformer")
 CONTAINERS = {
-    "down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "transformer_blocks",
-    "text_model", "encoder", "layers",
+    "down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "transformer_blocks", "blocks",
+    "text_model", "encoder", "layers", "block",
 }  # fmt: skip
+UNET_BLOCK = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+(?:\.transformer_blocks\.\d+)?(?=\.)")
+FIRST_BLOCK = re.compile(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)")
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 def flatten(path: str) -> str:
@@ -25,19 +31,27 @@ class Layer:
     """A linear or convolution layer of a base model.
 
     Attributes:
-        name: Component and diffusers module path, such as `unet.mid_block.attentions.0.proj_in`.
+        name: Component and diffusers module path, such as `unet.mid_block.attentions.0.proj_in`; the original path
+            where diffusers has no name for it.
         shape: Shape of the weight, `[out, in]` or `[out, in, kh, kw]`.
-        ldm: Module path in the original (LDM) naming, without component; empty where there is none.
+        original: Module path in the original naming, which ComfyUI keeps, without component; empty where there is none.
+        rows: The rows of the original weight that are this layer, where several layers are stacked in one weight.
     """
 
     name: str
     shape: tuple[int, ...]
-    ldm: str = ""
+    original: str = ""
+    rows: tuple[int, int] | None = None
 
     @property
     def component(self) -> str:
-        """`unet`, `text_encoder` or `text_encoder_2`."""
+        """`unet`, `transformer`, `text_encoder`, `text_encoder_2` or `text_encoder_3`."""
         return self.name.partition(".")[0]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is a layer of the model that denoises, and not of a text encoder."""
+        return self.component in MAIN
 
     @property
     def path(self) -> str:
@@ -50,14 +64,26 @@ class Layer:
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
+    def block(self) -> str:
+        """The name up to the number of its block, `unet.up_blocks.0.attentions.1.transformer_blocks.3`; empty: none."""
+        path = self.path
+        found = UNET_BLOCK.match(path) or FIRST_BLOCK.match(path)
+        return f"{self.component}.{found.group()}" if found else ""
+
+    @property
+    def role(self) -> str:
+        """The name within its block, such as `attn1.to_out.0`; layers of one role do the same job."""
+        return self.name.removeprefix(self.block + ".") if self.block else self.name
+
+    @property
     def kind(self) -> str:
-        """The role within a block, such as `attn1.to_q`, `ff.net.proj` or `conv1`; same roles can be compared."""
+        """The role without numbers, such as `attn1.to_out` or `ff.net.proj`; same kinds can be compared."""
         return ".".join(part for part in self.path.split(".") if not part.isdigit() and part not in CONTAINERS)
 
     @property
     def is_attention(self) -> bool:
         """Whether this is a projection of an attention module (where LoRA-X adapters live)."""
-        return self.kind.startswith(("attn1.", "attn2.", "self_attn."))
+        return ATTENTION.search(self.kind) is not None
 
 
 class LayerTable(Mapping[str, Layer]):
@@ -65,17 +91,25 @@ class LayerTable(Mapping[str, Layer]):
 
     Args:
         layers: The layers, in the order of the model.
+        spellings: More spellings of main layers: any module path -> names of the layers that it means, in row order.
     """
 
-    def __init__(self, layers: Iterable[Layer]) -> None:
+    def __init__(self, layers: Iterable[Layer], spellings: Mapping[str, list[str]] | None = None) -> None:
         self._layers = {layer.name: layer for layer in layers}
         self.components = list(dict.fromkeys(layer.component for layer in self._layers.values()))
-        self._spellings: dict[tuple[str, str], Layer] = {}
-        for layer in self._layers.values():
-            for path in filter(None, (layer.path, layer.ldm)):
-                self._spellings[layer.component, flatten(path)] = layer
-                if path.endswith("to_out.0"):
-                    self._spellings[layer.component, flatten(path.removesuffix(".0"))] = layer
+        paths: dict[tuple[str, str], list[Layer]] = {}
+        originals: dict[tuple[str, str], list[Layer]] = {}
+        for layer in sorted(self._layers.values(), key=lambda layer: layer.rows or (0, 0)):
+            component = "" if layer.is_main else layer.component
+            paths[component, flatten(layer.path)] = [layer]
+            if layer.path.endswith("to_out.0"):
+                paths[component, flatten(layer.path.removesuffix(".0"))] = [layer]
+            if layer.original:
+                originals.setdefault((component, flatten(layer.original)), []).append(layer)
+        more = {
+            ("", flatten(path)): [self._layers[name] for name in names] for path, names in (spellings or {}).items()
+        }
+        self._spellings = more | originals | paths
 
     def __getitem__(self, name: str) -> Layer:
         return self._layers[name]
@@ -86,6 +120,14 @@ class LayerTable(Mapping[str, Layer]):
     def __len__(self) -> int:
         return len(self._layers)
 
-    def find(self, component: str, path: str) -> Layer | None:
-        """Return the layer that `path` (dotted or flattened, diffusers or LDM) names, or None."""
-        return self._spellings.get((component, flatten(path)))
+    def find(self, component: str, path: str) -> list[Layer]:
+        """Return the layers that `path` (dotted or flattened, diffusers or original) names.
+
+        Args:
+            component: A text encoder, or `unet` or `transformer`, which both mean the model that denoises.
+            path: The module path without component.
+
+        Returns:
+            No layer, one, or the parts of a fused weight in row order.
+        """
+        return self._spellings.get(("" if component in MAIN else component, flatten(path)), [])

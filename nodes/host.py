@@ -1,6 +1,7 @@
 """The only file that knows ComfyUI: its models, devices, folders, progress and cancel button."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -18,10 +19,15 @@ from ..lorax.layers import Layer
 from ..lorax.progress import Progress
 
 UNET = "diffusion_model."
-# The host's names of CLIP-L and CLIP-G, and ours.
-TEXT_ENCODERS = {"clip_l.transformer.": "text_encoder", "clip_g.transformer.": "text_encoder_2"}
+# Where the host keeps the text encoders that we know, by kind.
+TEXT_ENCODERS = {kind: f"{kind}.transformer." for kind in ("clip_l", "clip_h", "clip_g", "t5xxl")}
 # Room to make on the GPU for one layer: the largest weight of SDXL, 10240 x 1280, in float64, six times.
 WORKSPACE_BYTES = 640 * 2**20
+
+# The prefixes that the host's key lists put before a module path.
+SPELLED = re.compile(
+    r"^(lora_unet_|lora_transformer_|lycoris_|diffusion_model\.|transformer\.|unet\.|base_model\.model\.)"
+)
 
 Result = TypeVar("Result")
 
@@ -65,34 +71,54 @@ def open_model(model: Any, clip: Any = None) -> Base:
         FormatError: The MODEL has no U-Net of a known family; the kinds of layer that were seen are named.
     """
     name = type(getattr(model.model, "model_config", model.model)).__name__
-    unet = _modules(model, UNET)
-    encoders = {
-        component: shapes
-        for prefix, component in TEXT_ENCODERS.items()
-        if clip is not None and (shapes := _modules(clip.patcher, prefix, "text_model.encoder.layers."))
-    }
+    parameters = _parameters(model, UNET)
+    encoders = {kind: _text_modules(clip, prefix) for kind, prefix in TEXT_ENCODERS.items()} if clip is not None else {}
+    base = loaded_base(name, parameters, encoders, lambda layer: read(layer), _spellings(model))
+    kinds = {encoder.component: TEXT_ENCODERS[encoder.kind] for encoder in base.family.text_encoders}
 
     def read(layer: Layer) -> Tensor:
-        if layer.component == "unet":
-            return weight_of(model, model_key(layer))
-        return weight_of(clip.patcher, model_key(layer))
+        if not layer.is_main:
+            return weight_of(clip.patcher, f"{kinds[layer.component]}{layer.path}.weight")
+        weight = weight_of(model, f"{UNET}{layer.original}.weight")
+        return weight if layer.rows is None else weight[slice(*layer.rows)]
 
-    return loaded_base(name, unet, encoders, read)
-
-
-def model_key(layer: Layer) -> str:
-    """Return the name of a layer's weight in the host's MODEL or CLIP."""
-    if layer.component == "unet":
-        return f"{UNET}{layer.ldm}.weight"
-    prefix = next(prefix for prefix, component in TEXT_ENCODERS.items() if component == layer.component)
-    return f"{prefix}{layer.path}.weight"
+    return base
 
 
-def _modules(patcher: Any, prefix: str, inner: str = "") -> dict[str, tuple[int, ...]]:
+def model_key(base: Base, layer: Layer) -> str | tuple[str, tuple[int, int, int]]:
+    """Return the name of a layer's weight in the host's MODEL or CLIP; with (dimension, start, length) for a part."""
+    if not layer.is_main:
+        kind = next(encoder.kind for encoder in base.family.text_encoders if encoder.component == layer.component)
+        return f"{TEXT_ENCODERS[kind]}{layer.path}.weight"
+    key = f"{UNET}{layer.original}.weight"
+    return key if layer.rows is None else (key, (0, layer.rows[0], layer.rows[1] - layer.rows[0]))
+
+
+def _spellings(model: Any) -> dict[str, tuple[str, tuple[int, int] | None]]:
+    """Return what the host's own LoRA loader calls the modules of a model, for families that we do not know."""
+    found: dict[str, tuple[str, tuple[int, int] | None]] = {}
+    for name, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+        key, part = (target, None) if isinstance(target, str) else target[:2]
+        if key.startswith(UNET) and key.endswith(".weight") and (part is None or part[0] == 0):
+            rows = None if part is None else (part[1], part[1] + part[2])
+            found[SPELLED.sub("", name)] = (key.removeprefix(UNET).removesuffix(".weight"), rows)
+    return found
+
+
+def _parameters(patcher: Any, prefix: str) -> dict[str, tuple[int, ...]]:
     return {
-        name.removeprefix(prefix).removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in patcher.model.named_parameters()
-        if name.startswith(prefix + inner) and name.endswith(".weight")
+        name.removeprefix(prefix): tuple(value.shape)
+        for name, value in patcher.model.named_parameters()
+        if name.startswith(prefix)
+    }
+
+
+def _text_modules(clip: Any, prefix: str) -> dict[str, tuple[int, ...]]:
+    inner = ("text_model.encoder.layers.", "encoder.block.")
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in _parameters(clip.patcher, prefix).items()
+        if name.startswith(inner) and name.endswith(".weight")
     }
 
 

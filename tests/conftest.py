@@ -31,7 +31,7 @@ SHARED = Path(os.environ.get("LORAX_SHARED", Path(__file__).parents[2] / "shared
 def small_family(**unet: object) -> Family:
     """SD 1.x with a narrow U-Net and a text encoder of two layers."""
     family = families()["sd1"]
-    encoders = tuple(replace(encoder, width=64, depth=2) for encoder in family.text_encoders)
+    encoders = tuple(replace(encoder, width=64, inner=256, depth=2) for encoder in family.text_encoders)
     return replace(family, unet=replace(SMALL, **unet), text_encoders=encoders)
 
 

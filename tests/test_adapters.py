@@ -165,7 +165,7 @@ def test_published_files(published, tmp_path):
     for path in published:
         adapter = load_adapter(path)
         assert (adapter.family.name, adapter.naming, len(adapter.layers)) == ("sd1", "indexed", 192)
-        table = families()["sd1"].table()
+        table = families()["sd1"].table
         assert all(own.layer.shape == table[name].shape for name, own in adapter.layers.items())
         raw = load_file(path)
         for component in ("unet", "text_encoder"):
@@ -210,7 +210,7 @@ def test_lora_x_round_trip_is_exact_inside_its_family(tmp_path, bases):
 
 def test_paper_size_of_a_lora_x_file(tmp_path):
     """Method section 1: 128 attention projections of SD 1.5 times 320 float32 numbers, 0.16 MB."""
-    table = families()["sd1"].table()
+    table = families()["sd1"].table
     layers = {
         name: LoraXLayer(layer, torch.ones(320), "0" * 16)
         for name, layer in table.items()

@@ -197,8 +197,8 @@ def test_missing_file_folder_without_unet_and_file_without_unet(run, words, tmp_
     assert "no U-Net" in error_of(run, *words)
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     words[3] = tmp_path / "x.safetensors"
-    assert "no U-Net" in error_of(run, *words)
-    assert "no U-Net" in error_of(run, "inspect", tmp_path / "x.safetensors")
+    assert "no diffusion model" in error_of(run, *words)
+    assert "no diffusion model" in error_of(run, "inspect", tmp_path / "x.safetensors")
 
 
 def test_nan_in_adapter_and_base(run, words, bases, lora_file, tmp_path):

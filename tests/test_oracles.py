@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from demo.synthetic import base_tensors
 from lorax import load_adapter, open_base, save_adapter, transfer_adapter
-from lorax.families import families, unet_layers
+from lorax.families import families
 from tests.conftest import lora_tensors, small_base, small_family
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -47,10 +47,10 @@ def test_names_and_shapes_of_full_size_models(family, config):
     shapes = {key: tuple(value.shape) for key, value in unet_of(config, "meta").state_dict().items()}
     weights = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")}
     expected = {name: shape for name, shape in weights.items() if len(shape) in (2, 4)}
-    ours = [layer for layer in families()[family].table().values() if layer.component == "unet"]
+    ours = [layer for layer in families()[family].table.values() if layer.component == "unet"]
     assert {layer.path: layer.shape for layer in ours} == expected
     # The same layers, found from the other naming, have the same two names.
-    assert set(unet_layers(weights)) == set(ours)
+    assert set(families()[family].layers(weights)) == set(ours)
     assert sorted(families()[family].unet.parameters().values()) == sorted(shapes.values())
 
 
@@ -79,7 +79,7 @@ def test_diffusers_files_and_folders_open_as_the_same_base(tmp_path, bases):
     model.load_state_dict(state)
     model.save_pretrained(tmp_path / "unet")
     (tmp_path / "text_encoder").mkdir()
-    prefix = single.family.text_encoders[0].checkpoint
+    prefix = single.family.text_encoders[0].checkpoint[0]
     text = {k.removeprefix(prefix): v for k, v in load_file(single.files[0]).items() if k.startswith(prefix)}
     save_file(text, tmp_path / "text_encoder" / "model.safetensors")
     for path in (tmp_path, tmp_path / "unet" / "diffusion_pytorch_model.safetensors"):
@@ -210,7 +210,9 @@ def test_peft_writes_what_we_read(tmp_path):
 
 def test_small_family_is_what_diffusers_builds():
     shapes = {key.removesuffix(".weight"): tuple(v.shape) for key, v in unet_of(SMALL, "meta").state_dict().items()}
-    expected = {layer.path for layer in unet_layers(shapes)}
+    expected = {layer.path for layer in families()["sd1"].layers(shapes)}
     ours = small_family().unet.parameters()
-    found = unet_layers({key.removesuffix(".weight"): shape for key, shape in ours.items() if key.endswith(".weight")})
+    found = families()["sd1"].layers(
+        {key.removesuffix(".weight"): shape for key, shape in ours.items() if key.endswith(".weight")}
+    )
     assert {layer.path for layer in found} == expected

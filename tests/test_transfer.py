@@ -216,8 +216,8 @@ def test_swapped_bases_of_two_widths_are_named(lora, bases, tmp_path):
 def test_a_file_read_without_its_base_is_named_by_it_when_used(tmp_path):
     """With one block a level, `output_blocks.3.1` is another layer than in the full-size model of the family."""
     base = small_base(tmp_path / "base.safetensors", text=False)
-    layer = next(layer for layer in base.layers.values() if layer.ldm.startswith("output_blocks.3.1.transf"))
-    module = "lora_unet_" + layer.ldm.replace(".", "_")
+    layer = next(layer for layer in base.layers.values() if layer.original.startswith("output_blocks.3.1.transf"))
+    module = "lora_unet_" + layer.original.replace(".", "_")
     (m, n), k = layer.matrix_shape, 2
     tensors = {f"{module}.lora_up.weight": torch.randn(m, k), f"{module}.lora_down.weight": torch.randn(k, n)}
     save_file(tensors, tmp_path / "a.safetensors")

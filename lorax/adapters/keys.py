@@ -75,21 +75,23 @@ def indexed_layers(family: Family, component: str) -> list[Layer]:
         family: The family of the base.
         component: `unet` or `text_encoder`.
     """
-    layers = [layer for layer in family.table().values() if layer.component == component and layer.is_attention]
+    if family.unet is None:
+        return []
+    layers = [layer for layer in family.table.values() if layer.component == component and layer.is_attention]
     if component != "unet":
         return layers
     blocks = list(dict.fromkeys(layer.path.partition(".attn")[0] for layer in layers))
     blocks.sort(key=lambda block: ("down", "up", "mid").index(block.partition("_")[0]))
     parts = [f"attn1.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
     parts += ["ff.net.0.proj"] + [part.replace("attn1", "attn2") for part in parts]
-    return [family.table()[f"unet.{block}.{part}"] for block in blocks for part in parts]
+    return [family.table[f"unet.{block}.{part}"] for block in blocks for part in parts]
 
 
 def kohya_module(layer: Layer, family: Family | None) -> str:
     """Return the module name of a layer in kohya's LoRA files: `lora_unet_...`, `lora_te_...`, `lora_te1_...`."""
-    if layer.component == "unet":
-        use_ldm = family is not None and family.kohya_unet == "ldm" and layer.ldm
-        return "lora_unet_" + flatten(layer.ldm if use_ldm else layer.path)
+    if layer.is_main:
+        use_original = family is not None and family.kohya == "original" and layer.original
+        return "lora_unet_" + flatten(layer.original if use_original else layer.path)
     encoders = family.text_encoders if family is not None else ()
     prefix = next((encoder.kohya for encoder in encoders if encoder.component == layer.component), "lora_te")
     return f"{prefix}_{flatten(layer.path)}"

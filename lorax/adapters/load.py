@@ -108,16 +108,16 @@ def _shape(file: TensorFile, keys: Mapping[str, str]) -> tuple[int, ...]:
 def _family(shapes: Mapping[Module, tuple[int, ...]], naming: str, base: Base | None) -> Family | None:
     """Return the family whose layers fit best by name and size; that of `base` where none fits better."""
 
-    def fitting(find: Callable[[Module], Layer | None]) -> int:
+    def fitting(find: Callable[[Module], list[Layer]]) -> int:
         found = ((find(module), shape) for module, shape in shapes.items())
         return sum(
-            layer is not None and (not shape or layer.matrix_shape == Layer("", shape).matrix_shape)
-            for layer, shape in found
+            len(layers) == 1 and (not shape or layers[0].matrix_shape == Layer("", shape).matrix_shape)
+            for layers, shape in found
         )
 
     widths = {shape[1] for (_, path), shape in shapes.items() if len(shape) > 1 and reads_text(path)}
     if widths:
-        return next((family for family in families().values() if widths == {family.unet.context_dim}), None)
+        return next((f for f in families().values() if f.unet is not None and widths == {f.unet.context_dim}), None)
     fits = {family: fitting(lambda module, f=family: _find(module, f, naming)) for family in families().values()}
     best = max(fits, key=lambda family: fits[family])
     if base is not None and naming != "indexed" and fitting(lambda module: base.layers.find(*module)) >= fits[best]:
@@ -136,22 +136,23 @@ def _check_indexed(file: TensorFile) -> None:
             raise FormatError("an indexed LoRA over layers of unknown order", got, fix)
 
 
-def _find(module: Module, family: Family, naming: str) -> Layer | None:
+def _find(module: Module, family: Family, naming: str) -> list[Layer]:
     component, path = module
     if naming != "indexed":
-        return family.table().find(component, path)
+        return family.find(component, path)
     order = indexed_layers(family, component)
-    return order[int(path)] if int(path) < len(order) else None
+    return order[int(path) : int(path) + 1]
 
 
 def _resolve(module: Module, shape: tuple[int, ...], base: Base | None, family: Family | None, naming: str) -> Layer:
-    layer = base.layers.find(*module) if base is not None and naming != "indexed" else None
-    if layer is None and family is not None:
-        layer = _find(module, family, naming)
-    if layer is None:
+    found = base.layers.find(*module) if base is not None and naming != "indexed" else []
+    if not found and family is not None:
+        found = _find(module, family, naming)
+    if len(found) != 1:
         return Layer(".".join(module), shape)
+    layer = found[0]
     if shape and layer.matrix_shape != Layer("", shape).matrix_shape:
-        return Layer(layer.name, shape, layer.ldm)
+        return Layer(layer.name, shape, layer.original)
     return layer
 
 

@@ -64,7 +64,7 @@ class Adapter:
             for own in self.layers.values()
             if isinstance(own, LoraLayer) and reads_text(own.layer.path)
         }
-        if widths - {base.family.unet.context_dim}:
+        if base.family.unet is not None and widths - {base.family.unet.context_dim}:
             made_for = self.family.label if self.family else f"a family of text width {min(widths)}"
             raise MismatchError(
                 "the adapter and the base model are of different families",
@@ -75,8 +75,8 @@ class Adapter:
         unused = dict(self.unused)
         for name, own in self.layers.items():
             found = base.layers.find(own.layer.component, self.spellings.get(name, own.layer.path))
-            if found is not None:
-                own = replace(own, layer=replace(found, shape=own.layer.shape or found.shape))
+            if len(found) == 1:
+                own = replace(own, layer=replace(found[0], shape=own.layer.shape or found[0].shape))
             if own.layer.name in layers:
                 unused[name] = f"another layer of the adapter means the same, {own.layer.name}"
             layers.setdefault(own.layer.name, own)
