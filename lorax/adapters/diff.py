@@ -1,13 +1,11 @@
 """Differences stored as they are: of a whole weight, and of one-dimensional parameters (biases and norms)."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..layers import Layer
-from .layer import AdapterLayer, Parts, Shape, Shapes, misfit, spans
+from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,9 +40,8 @@ class DiffLayer(AdapterLayer):
         """See the base; in the shape of the weight, without which ComfyUI leaves it out."""
         return {"diff": self.diff.reshape(self.layer.shape or self.diff.shape)}
 
-    def cut(self, layers: Iterable[Layer]) -> list[AdapterLayer] | None:
-        """See the base."""
-        return [replace(self, layer=layer, diff=self.diff[rows]) for layer, rows in spans(layers)]
+    def _row_axes(self) -> dict[str, int]:
+        return {"diff": 0}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +80,5 @@ class VectorLayer(AdapterLayer):
         """See the base."""
         return {self.role: self.diff}
 
-    def cut(self, layers: Iterable[Layer]) -> list[AdapterLayer] | None:
-        """See the base."""
-        return [replace(self, layer=layer, diff=self.diff[rows]) for layer, rows in spans(layers)]
+    def _row_axes(self) -> dict[str, int]:
+        return {"diff": 0}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def decomposed(update: Tensor, weight: Tensor, dora_scale: Tensor) -> Tensor:
-    """Return `dora_scale * (W + update) / ||W + update|| - W`, the update that a magnitude makes of another (DoRA, eq. 5).
+    """Return `dora_scale * (W + update) / ||W + update|| - W`: what a magnitude makes of an update (DoRA, eq. 5).
 
     The norm is that of the changed weight, as in the paper, in LyCORIS and in PEFT. ComfyUI divides by the norm of the
     unchanged weight where the magnitude is per output.
@@ -27,12 +27,12 @@ def magnitude(weight: Tensor, dora_scale: Tensor) -> Tensor:
 
 
 def per_output(dora_scale: Tensor, weight: Tensor) -> bool:
-    """Return whether a magnitude is per output; where both would fit, as with a single input, it is."""
-    return dora_scale.shape[0] == weight.shape[0]
+    """Return whether a magnitude of this shape is one for each output of a weight, and not for each input."""
+    return dora_scale.shape[0] == weight.shape[0] and dora_scale.numel() == dora_scale.shape[0]
 
 
 def with_magnitude_of(dora_scale: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Return the magnitude for another base with its ratio kept: `dora_scale * ||W_t|| / ||W_s||`, row by row (or column).
+    """Return the magnitude for another base, its ratio kept: `dora_scale * ||W_t|| / ||W_s||`, by row (or column).
 
     With the direction factors left as they are, the change of each row's length in percent is the one that was trained.
     A strength acts on the result as on any update, in ComfyUI: `W + strength * (W' - W)`.

@@ -1,14 +1,12 @@
 """FouRA: a LoRA with a gate in the frequencies of its rank axis (arXiv 2406.08798), here with the gate frozen."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..layers import Layer
-from .layer import AdapterLayer, Parts, Shape, Shapes, misfit, spans
+from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,9 +75,8 @@ class FouraLayer(AdapterLayer):
     def _stored_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
 
-    def cut(self, layers: Iterable[Layer]) -> list[AdapterLayer] | None:
-        """See the base: `foura_up` is cut by rows, the rest is shared."""
-        return [replace(self, layer=layer, foura_up=self.foura_up[rows]) for layer, rows in spans(layers)]
+    def _row_axes(self) -> dict[str, int]:
+        return {"foura_up": 0}
 
 
 def _symmetric(gate: Tensor) -> Tensor:

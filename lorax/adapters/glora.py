@@ -46,7 +46,12 @@ class GloraLayer(AdapterLayer):
             raise misfit(cls.KIND, shapes, "which are no matrices")
         for a1, a2, b1, b2 in _orders(shapes):
             inner = {a1[1], a2[0], b1[1], b2[0]}
-            if len(inner) == 1 and a1[0] == a2[1] and a1[0] in (b2[1], _size(b2)) and b1[2:] in ((), (1,) * len(b1[2:])):
+            if (
+                len(inner) == 1
+                and a1[0] == a2[1]
+                and a1[0] in (b2[1], _size(b2))
+                and b1[2:] in ((), (1,) * len(b1[2:]))
+            ):
                 return b1[0], *b2[1:]
         raise misfit(cls.KIND, shapes, "which are not the four factors of one update")
 

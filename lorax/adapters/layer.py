@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -77,11 +77,11 @@ class AdapterLayer(ABC):
         Raises:
             FormatError: Parts are missing, unknown, or do not fit each other or the layer.
         """
-        parts = dict(parts)
-        if "dora_scale" in parts:
-            parts["dora_scale"] = _magnitude(parts["dora_scale"], layer.shape)
         cls.check(layer, {name: tuple(part.shape) for name, part in parts.items()})
         values: dict[str, Any] = {"layer": layer, **parts}
+        if "dora_scale" in parts and layer.shape:
+            scale = parts["dora_scale"]
+            values["dora_scale"] = scale.reshape(magnitude_shape(tuple(scale.shape), layer.shape) or scale.shape)
         if "alpha" in {field.name for field in fields(cls)}:
             values["alpha"] = alpha
         return cls(**values)
@@ -104,12 +104,12 @@ class AdapterLayer(ABC):
         if not fits(layer.shape, shape):
             raise misfit(cls.KIND, shapes, f"of a weight {list(shape)}, not {list(layer.shape)} of {layer.name}")
         scale = shapes.get("dora_scale")
-        if scale is not None and scale not in _magnitude_shapes(layer.shape or shape):
+        if scale is not None and layer.shape and magnitude_shape(scale, layer.shape) is None:
             raise misfit(cls.KIND, shapes, f"whose dora_scale {list(scale)} is no magnitude of {list(layer.shape)}")
 
     @property
     def kind(self) -> str:
-        """`lora`, `loha`, `lokr`, `glora`, `oft`, `boft`, `diff`, `vector`, `foura`, `lora-x`; with magnitude `dora-...`."""
+        """Such as `lora` or `loha`; with a magnitude `dora` (of a LoRA), `dora-loha`, `dora-lokr`, `dora-glora`."""
         if "dora_scale" not in self.parts():
             return self.KIND
         return "dora" if self.KIND == "lora" else f"dora-{self.KIND}"
@@ -156,7 +156,9 @@ class AdapterLayer(ABC):
             MismatchError: The base weight is needed and not given, or of another size.
         """
         dtype = torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
-        parts = {name: part.to(weight.device if weight is not None else "cpu", dtype) for name, part in self.parts().items()}
+        parts = {
+            name: part.to(weight.device if weight is not None else "cpu", dtype) for name, part in self.parts().items()
+        }
         if self.needs_weight:
             weight = self._shaped(weight).to(dtype)
         update = self._update(parts, weight)
@@ -189,13 +191,30 @@ class AdapterLayer(ABC):
         changes: dict[str, Any] = {"layer": layer, **cast}
         return replace(self, **changes)
 
-    def cut(self, layers: Iterable[Layer]) -> list["AdapterLayer"] | None:
+    def cut(self, layers: Iterable[Layer]) -> "list[Self] | None":
         """Return the update of a fused weight as updates of its parts; None where this kind cannot be cut.
 
         Args:
             layers: The layers whose weights, stacked by rows in this order, are the fused weight.
         """
-        del layers
+        axes = self._row_axes()
+        if axes is None:
+            return None
+        found: list[Self] = []
+        start = 0
+        for layer in layers:
+            rows = {
+                name: part.narrow(axes[name], start, layer.shape[0])
+                for name, part in self.parts().items()
+                if name in axes
+            }
+            changes: dict[str, Any] = {"layer": layer, **rows}
+            found.append(replace(self, **changes))
+            start += layer.shape[0]
+        return found
+
+    def _row_axes(self) -> dict[str, int] | None:
+        """Return the parts that belong to rows of the update, and the axis of the rows; None if it cannot be cut."""
         return None
 
     def _stored_alpha(self) -> float | None:
@@ -230,22 +249,46 @@ def number(value: float, dtype: torch.dtype) -> Tensor:
     return stored if float(stored) == value else torch.tensor(value, dtype=torch.float32)
 
 
-def spans(layers: Iterable[Layer]) -> list[tuple[Layer, slice]]:
-    """Return each layer with its rows of the weight that stacks them."""
-    found: list[tuple[Layer, slice]] = []
-    start = 0
-    for layer in layers:
-        found.append((layer, slice(start, start + layer.shape[0])))
-        start += layer.shape[0]
-    return found
+def stacked(parts: Sequence[AdapterLayer], layer: Layer) -> AdapterLayer | None:
+    """Return the update whose `cut` is `parts`; None where there is none.
+
+    Args:
+        parts: Updates of one kind, in the order of their rows.
+        layer: The fused layer.
+    """
+    first = parts[0]
+    axes = first._row_axes()  # pyright: ignore[reportPrivateUsage]
+    if axes is None or not all(_shares(first, part, axes) for part in parts):
+        return None
+    rows = {
+        name: torch.cat([part.parts()[name] for part in parts], axis)
+        for name, axis in axes.items()
+        if name in first.parts()
+    }
+    changes: dict[str, Any] = {"layer": layer, **rows}
+    return replace(first, **changes)
 
 
-def _magnitude(scale: Tensor, shape: Shape) -> Tensor:
-    """Return a magnitude per output, however PEFT shaped it, as `[out, 1, ...]`; one per input as it is."""
-    per_output = scale.numel() == shape[0] and (scale.dim() < 2 or scale.shape[:2] != (1, shape[1]))
-    return scale.reshape(-1, *[1] * len(shape[1:])) if per_output else scale
+def _shares(a: AdapterLayer, b: AdapterLayer, axes: Mapping[str, int]) -> bool:
+    """Return whether two layers differ in nothing but their rows."""
+    ours, theirs = a.parts(), b.parts()
+    if type(a) is not type(b) or ours.keys() != theirs.keys() or b._row_axes() != axes:  # pyright: ignore[reportPrivateUsage]
+        return False
+    if getattr(a, "alpha", None) != getattr(b, "alpha", None) or any(ours[n].dtype != theirs[n].dtype for n in ours):
+        return False
+    # float8 knows no comparison
+    shared = [name for name in ours if name not in axes]
+    return all(torch.equal(ours[name].float(), theirs[name].float()) for name in shared)
 
 
-def _magnitude_shapes(shape: Shape) -> tuple[Shape, Shape]:
-    tail = (1,) * len(shape[2:])
-    return (shape[0], 1, *tail), (1, *shape[1:2], *tail)
+def magnitude_shape(scale: Shape, weight: Shape) -> Shape | None:
+    """Return the shape of a magnitude beside a weight, `[out, 1, ...]` or `[1, in, ...]`; None if it is none.
+
+    Args:
+        scale: Its shape in a file: `[out]` and `[out, 1, ...]` are per output, `[1, in, ...]` per input.
+        weight: Shape of the weight.
+    """
+    size, tail = math.prod(scale), (1,) * len(weight[2:])
+    if scale[:2] == (1, weight[1]) and size == weight[1]:
+        return (1, size, *tail)
+    return (size, 1, *tail) if size == weight[0] and max(scale) == size else None

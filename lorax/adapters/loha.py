@@ -1,14 +1,12 @@
 """LoHa: the element-wise product of two low-rank matrices (FedPara, arXiv 2108.06098; LyCORIS, arXiv 2309.14859)."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..layers import Layer
-from .layer import AdapterLayer, Parts, Shape, Shapes, misfit, spans
+from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,26 +62,10 @@ class LohaLayer(AdapterLayer):
     def _stored_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
 
-    def cut(self, layers: Iterable[Layer]) -> list[AdapterLayer] | None:
-        """See the base: `hada_w1_a` and `hada_w2_a` are cut by rows; not with a magnitude per input."""
-        outputs = self.hada_w1_a.shape[0 if self.hada_t1 is None else 1]
-        scale = self.dora_scale
-        if scale is not None and scale.shape[0] != outputs:
-            return None
-
-        def rows_of(part: Tensor, rows: slice) -> Tensor:
-            return part[rows] if self.hada_t1 is None else part[:, rows]
-
-        return [
-            replace(
-                self,
-                layer=layer,
-                hada_w1_a=rows_of(self.hada_w1_a, rows),
-                hada_w2_a=rows_of(self.hada_w2_a, rows),
-                dora_scale=None if scale is None else scale[rows],
-            )
-            for layer, rows in spans(layers)
-        ]
+    def _row_axes(self) -> dict[str, int] | None:
+        axis = 0 if self.hada_t1 is None else 1
+        per_output = self.dora_scale is None or self.dora_scale.shape[0] == self.hada_w1_a.shape[axis]
+        return {"hada_w1_a": axis, "hada_w2_a": axis, "dora_scale": 0} if per_output else None
 
 
 def _product(shapes: Shapes, number: str) -> Shape | None:

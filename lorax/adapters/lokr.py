@@ -66,7 +66,7 @@ class LokrLayer(AdapterLayer):
 
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         w1, w2 = _factors(parts)
-        return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.dim() - 2)), w2) * self.scale
+        return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.dim() - 2)), w2.contiguous()) * self.scale
 
     def _stored_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)

@@ -1,6 +1,6 @@
 """LoRA: two thin factors (arXiv 2106.09685); with a magnitude, DoRA (arXiv 2402.09353)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layers import Layer
 from .dora import with_magnitude_of
-from .layer import AdapterLayer, Parts, Shape, Shapes, misfit, spans
+from .layer import AdapterLayer, Parts, Shape, Shapes, misfit, stacked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,17 +103,9 @@ class LoraLayer(AdapterLayer):
         up, down = self.shaped()
         return AdapterLayer.tensors(replace(self, lora_up=up, lora_down=down))
 
-    def cut(self, layers: Iterable[Layer]) -> list[AdapterLayer] | None:
-        """See the base: `lora_up` is cut by rows, the rest is shared; not with a magnitude per input."""
-        scale = self.dora_scale
-        if scale is not None and scale.shape[0] != self.lora_up.shape[0]:
-            return None
-        return [
-            replace(
-                self, layer=layer, lora_up=self.lora_up[rows], dora_scale=None if scale is None else scale[rows]
-            )
-            for layer, rows in spans(layers)
-        ]
+    def _row_axes(self) -> dict[str, int] | None:
+        per_output = self.dora_scale is None or self.dora_scale.shape[0] == self.lora_up.shape[0]
+        return {"lora_up": 0, "dora_scale": 0} if per_output else None
 
     def with_magnitude_of(self, layer: Layer, source: Tensor, target: Tensor) -> "LoraLayer":
         """Return a DoRA for another base: the same direction factors, the ratio of the magnitudes kept.
@@ -125,9 +117,7 @@ class LoraLayer(AdapterLayer):
         """
         if self.dora_scale is None:
             return self.moved(layer)
-        scale = with_magnitude_of(
-            self.dora_scale, source.reshape(self.layer.shape), target.reshape(self.layer.shape)
-        )
+        scale = with_magnitude_of(self.dora_scale, source.reshape(self.layer.shape), target.reshape(self.layer.shape))
         return replace(self.moved(layer), dora_scale=scale)
 
 
@@ -135,7 +125,7 @@ def fuse(parts: Sequence[LoraLayer], layer: Layer) -> LoraLayer:
     """Put the updates of the row parts of one weight back together; the inverse of `LoraLayer.cut`.
 
     Where all parts share `lora_down`, `lora_mid` and the scale, their `lora_up` are stacked. Else `lora_up` becomes
-    block diagonal and the rank the sum of theirs, which is exact too (unequal scales go into `lora_up`, to its rounding).
+    block diagonal and the rank the sum of theirs: exact too, but for the rounding of unequal scales into `lora_up`.
 
     Args:
         parts: The updates in the order of their rows. Without magnitude, or all with one per output.
@@ -144,26 +134,21 @@ def fuse(parts: Sequence[LoraLayer], layer: Layer) -> LoraLayer:
     Returns:
         The update of the fused layer.
     """
-    first = parts[0]
-    scales = [part.dora_scale for part in parts if part.dora_scale is not None]
-    dora_scale = torch.cat(scales) if scales else None
-    if all(_same_factors(part, first) for part in parts):
-        return replace(first, layer=layer, lora_up=torch.cat([part.lora_up for part in parts]), dora_scale=dora_scale)
+    whole = stacked(parts, layer)
+    if isinstance(whole, LoraLayer):
+        return whole
     flat = [_without_mid(part) for part in parts]
-    rank = sum(part.rank for part in flat)
-    equal = all(part.scale == first.scale for part in flat)
+    rank, scale = sum(part.rank for part in flat), flat[0].scale
+    equal = all(part.scale == scale for part in flat)
     ups = [part.lora_up if equal else (part.lora_up.float() * part.scale).to(part.dtype) for part in flat]
-    up = torch.block_diag(*(up.reshape(up.shape[0], -1) for up in ups))
-    down = torch.cat([part.lora_down.reshape(part.rank, -1) for part in flat])
-    return LoraLayer(layer, up, down, rank * first.scale if equal else float(rank), None, dora_scale)
-
-
-def _same_factors(a: LoraLayer, b: LoraLayer) -> bool:
-    if a.scale != b.scale or (a.lora_mid is None) != (b.lora_mid is None):
-        return False
-    pairs = [(a.lora_down, b.lora_down), (a.lora_mid, b.lora_mid)]
-    # float8 knows no comparison
-    return all(torch.equal(x.float(), y.float()) for x, y in pairs if x is not None and y is not None)
+    scales = [part.dora_scale for part in parts if part.dora_scale is not None]
+    return LoraLayer(
+        layer,
+        torch.block_diag(*(up.reshape(up.shape[0], -1) for up in ups)),
+        torch.cat([part.lora_down.reshape(part.rank, -1) for part in flat]),
+        rank * scale if equal else float(rank),
+        dora_scale=torch.cat(scales) if scales else None,
+    )
 
 
 def _without_mid(part: LoraLayer) -> LoraLayer:

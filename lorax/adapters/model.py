@@ -11,9 +11,10 @@ from ..errors import MismatchError
 from ..families import Family
 from ..layers import reads_text
 from ..linalg import decompose
+from .diff import VectorLayer
 from .layer import AdapterLayer
-from .lora import LoraLayer
-from .lora_x import LoraXLayer
+from .lora import LoraLayer as LoraLayer
+from .lora_x import LoraXLayer as LoraXLayer
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -23,7 +24,7 @@ class Adapter:
     Attributes:
         name: What to call it, such as its file name.
         family: The family of its base, or None where it is unknown.
-        naming: How its file spells the layers: `kohya`, `diffusers`, `peft`, `indexed` or `lora-x`.
+        naming: How its file spells the layers: `kohya`, `diffusers`, `original`, `peft`, `indexed` or `lora-x`.
         layers: The update of each layer, by layer name.
         unused: What else was in the file, key -> why it is not used.
         metadata: The file's own metadata.
@@ -62,7 +63,7 @@ class Adapter:
         widths = {
             own.layer.matrix_shape[1]
             for own in self.layers.values()
-            if isinstance(own, LoraLayer) and reads_text(own.layer.path)
+            if len(own.layer.shape) > 1 and reads_text(own.layer.path)
         }
         if base.family.unet is not None and widths - {base.family.unet.context_dim}:
             made_for = self.family.label if self.family else f"a family of text width {min(widths)}"
@@ -74,13 +75,25 @@ class Adapter:
         layers: dict[str, AdapterLayer] = {}
         unused = dict(self.unused)
         for name, own in self.layers.items():
-            found = base.layers.find(own.layer.component, self.spellings.get(name, own.layer.path))
-            if len(found) == 1:
-                own = replace(own, layer=replace(found[0], shape=own.layer.shape or found[0].shape))
-            if own.layer.name in layers:
-                unused[name] = f"another layer of the adapter means the same, {own.layer.name}"
-            layers.setdefault(own.layer.name, own)
+            for placed in _placed(own, self.spellings.get(name, own.layer.path), base):
+                if placed.layer.name in layers:
+                    unused[name] = f"another layer of the adapter means the same, {placed.layer.name}"
+                layers.setdefault(placed.layer.name, placed)
         return replace(self, layers=layers, unused=unused, spellings={})
+
+
+def _placed(own: AdapterLayer, spelling: str, base: Base) -> list[AdapterLayer]:
+    """Return a layer named as a base names it; the parts of a fused weight that was not cut yet, where it can be."""
+    table = base.vectors if isinstance(own, VectorLayer) else base.layers
+    found = table.find(own.layer.component, spelling)
+    if len(found) > 1:
+        found = [layer for layer in found if layer.name == own.layer.name] or found
+    if len(found) > 1:
+        rows = sum(layer.shape[0] for layer in found)
+        return [*((own.cut(found) if own.layer.shape[:1] == (rows,) else None) or [own])]
+    if not found:
+        return [own]
+    return [replace(own, layer=replace(found[0], shape=own.layer.shape or found[0].shape))]
 
 
 def expand(

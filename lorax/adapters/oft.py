@@ -27,7 +27,7 @@ class OftLayer(AdapterLayer):
     REQUIRED: ClassVar = frozenset({"oft_blocks"})
     OPTIONAL: ClassVar = frozenset({"rescale"})
     NEEDS_WEIGHT: ClassVar = True
-    DIMENSIONS: ClassVar = 3
+    DIMENSIONS: ClassVar[int] = 3
 
     oft_blocks: Tensor
     alpha: float | None = None
@@ -79,7 +79,7 @@ class OftLayer(AdapterLayer):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BoftLayer(OftLayer):
-    """`delta_weight = rescale * R_s ... R_1 W - W`: butterfly factors, `R_i` turns blocks of outputs `2^i * b / 2` apart.
+    """`delta_weight = rescale * R_s ... R_1 W - W`, `R_i` a butterfly factor: it mixes outputs `2^i * b / 2` apart.
 
     `Q`, `R` and the constraint are as in OFT.
 
@@ -88,7 +88,7 @@ class BoftLayer(OftLayer):
     """
 
     KIND: ClassVar = "boft"
-    DIMENSIONS: ClassVar = 4
+    DIMENSIONS: ClassVar[int] = 4
 
     def _turned(self, R: Tensor, weight: Tensor) -> Tensor:
         outputs = weight.shape[0]
