@@ -153,7 +153,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
     return Base(
         name=path.name,
         family=family,
-        layers=LayerTable(layers),
+        layers=LayerTable(layers, family.spellings(found)),
         read=lambda layer: places[layer.name].read(),
         vectors=LayerTable(family.vectors(_sizes(main, prefix), found)),
         files=list({file.path: None for files in parts.values() for file in files.values()}),
@@ -184,7 +184,7 @@ def loaded_base(
     shapes = {key.removesuffix(".weight"): shape for key, shape in parameters.items() if key.endswith(".weight")}
     family = recognise(shapes) or UNKNOWN
     found = family.layers(shapes)
-    names: dict[str, list[str]] = {}
+    names = family.spellings(found)
     if family is UNKNOWN:
         found, names = _spelled(found, spellings or {})
     layers = [*found]
