@@ -153,7 +153,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
     return Base(
         name=path.name,
         family=family,
-        layers=LayerTable(layers),
+        layers=LayerTable(layers, family.spellings(found)),
         read=lambda layer: places[layer.name].read(),
         vectors=LayerTable(family.vectors(_sizes(main, prefix), found)),
         files=list({file.path: None for files in parts.values() for file in files.values()}),
@@ -184,7 +184,7 @@ def loaded_base(
     shapes = {key.removesuffix(".weight"): shape for key, shape in parameters.items() if key.endswith(".weight")}
     family = recognise(shapes) or UNKNOWN
     found = family.layers(shapes)
-    names: dict[str, list[str]] = {}
+    names = family.spellings(found)
     if family is UNKNOWN:
         found, names = _spelled(found, spellings or {})
     layers = [*found]
@@ -216,7 +216,7 @@ def _recognise(files: Mapping[str, TensorFile], name: str) -> tuple[Family, str,
 def _spelled(
     layers: list[Layer], spellings: Mapping[str, tuple[str, Rows | None]]
 ) -> tuple[list[Layer], dict[str, list[str]]]:
-    """Cut layers into the parts that the spellings know; return also the names of the layers that each spelling means."""
+    """Cut layers into the parts that the spellings know; return also the layers that each spelling means."""
     parts: dict[str, dict[Rows, str]] = {}
     for path, (module, rows) in spellings.items():
         if rows is not None and (rows not in (known := parts.setdefault(module, {})) or "." in path):

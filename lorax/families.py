@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -61,11 +61,12 @@ class TextEncoder:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A named member of a family, told by its numbers of blocks and, where it is given, by its width."""
+    """A named member of a family, told by its numbers of blocks, its width and modules that it has."""
 
     label: str
     blocks: Mapping[str, int] = field(default_factory=dict[str, int])
     width: int = 0
+    has: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,9 @@ class Family:
         lacks: Modules that they do not have.
         width: A module, and the input widths that it may have, where names alone do not tell.
         modules: Original module path -> the diffusers paths that it is, in row order; `*` for the number of the block.
+        aliases: Further spellings of original modules, such as those that ComfyUI changes; as `modules`.
         rows: How the rows of a fused weight are shared where it is not as usual: `n` for the number of columns.
+        ratio: Rows to a column that a weight must have for its diffusers name, where blocks differ in it.
         variants: Named members.
         text_encoders: Its text encoders.
         unet: For a U-Net, the configuration of the full-size model.
@@ -95,7 +98,9 @@ class Family:
     lacks: tuple[str, ...] = ()
     width: tuple[str, tuple[int, ...]] = ("", ())
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    ratio: Mapping[str, int] = field(default_factory=dict[str, int])
     variants: tuple[Variant, ...] = ()
     text_encoders: tuple[TextEncoder, ...] = ()
     unet: UNetConfig | None = None
@@ -124,7 +129,7 @@ class Family:
         for path, shape in shapes.items():
             if len(shape) < 2:
                 continue
-            if (fused := self._original_of(path)) and fused[0] not in shapes:
+            if (fused := self._original_of(path, shape)) and fused[0] not in shapes:
                 original, parts = fused
                 rows = _offsets([shapes.get(part, shape)[0] for part in parts])[parts.index(path)]
                 layers.append(Layer(f"{self.component}.{path}", shape, original, rows if len(parts) > 1 else None))
@@ -173,40 +178,62 @@ class Family:
         if component not in MAIN or self.unet is not None:
             return self.table.find(component, path)
         if original := self._unflatten(path, self._originals):
-            return self._cut(original, shape)
-        if (known := self._unflatten(path, self._diffusers)) and (fused := self._original_of(known)):
+            layers = self._cut(original, shape)
+            if _starred(original) in self.aliases or original in self.aliases:
+                own = (self._original_of(layer.path, shape) for layer in layers)
+                layers = [replace(layer, original=o[0]) for layer, o in zip(layers, own, strict=True) if o]
+            return layers
+        if (known := self._unflatten(path, self._diffusers)) and (fused := self._original_of(known, shape)):
             return [Layer(f"{self.component}.{known}", shape, fused[0])]
         return []
 
+    def spellings(self, layers: Iterable[Layer]) -> dict[str, list[str]]:
+        """Return for each alias in a model with these layers the names of the layers that it means, in row order."""
+        names = {layer.name for layer in layers}
+        found: dict[str, list[str]] = {}
+        for alias, (first, *_) in self.aliases.items():
+            for path in (name.partition(".")[2] for name in names):
+                if first in (path, _starred(path)):
+                    spelling = alias.replace("*", _number(path))
+                    parts = [f"{self.component}.{part}" for part in self._diffusers_of(spelling)]
+                    if names.issuperset(parts):
+                        found[spelling] = parts
+        return found
+
     def variant(self, layers: Iterable[Layer]) -> str:
         """Return the label of the member that has these layers, else that of the family."""
-        names = [layer.path for layer in layers if layer.is_main]
+        layers = [layer for layer in layers if layer.is_main]
+        names = [layer.path for layer in layers]
+        originals = {layer.original for layer in layers}
         widths = {layer.shape[1] for layer in layers if layer.original == self.has[0]} if self.has else set[int]()
         for variant in self.variants:
             counted = {container: _count(names, container) for container in variant.blocks}
-            if counted == dict(variant.blocks) and (not variant.width or variant.width in widths):
+            right = counted == dict(variant.blocks) and originals.issuperset(variant.has)
+            if right and (not variant.width or variant.width in widths):
                 return variant.label
         return self.label
 
     def fits(self, shapes: Shapes) -> bool:
         """Return whether a model with these modules (in either naming) is of this family."""
-        if self.unet is not None:
-            widths = {shape[1] for path, shape in shapes.items() if reads_text(path)}
-            return bool({"input_blocks.0.0", "conv_in"} & set(shapes)) and widths == {self.unet.context_dim}
         places = {module: self._diffusers_of(module) for module in (*self.has, *self.lacks, self.width[0])}
+        spelled = {self._diffusers_of(path) for path in shapes if _starred(path) in self.aliases}
 
         def there(module: str) -> bool:
-            return module in shapes or (bool(places[module]) and all(path in shapes for path in places[module]))
+            parts = places[module]
+            return module in shapes or (bool(parts) and (parts in spelled or all(part in shapes for part in parts)))
 
         if not all(map(there, self.has)) or any(map(there, self.lacks)):
             return False
+        if self.unet is not None:
+            widths = {shape[1] for path, shape in shapes.items() if reads_text(path)}
+            return bool({"input_blocks.0.0", "conv_in"} & set(shapes)) and widths == {self.unet.context_dim}
         module, widths = self.width
         found: tuple[int, ...] = next((shapes[path] for path in (module, *places[module]) if path in shapes), ())
         return not module or (len(found) > 1 and found[1] in widths)
 
     @cached_property
     def _originals(self) -> dict[str, str]:
-        return {flatten(pattern): pattern for pattern in (*self.modules, *map(_starred, self.has))}
+        return {flatten(pattern): pattern for pattern in (*self.modules, *self.aliases, *map(_starred, self.has))}
 
     @cached_property
     def _diffusers(self) -> dict[str, str]:
@@ -225,19 +252,29 @@ class Family:
             return pattern.replace("*", number.group(1))
         return patterns.get(flat, "")
 
-    def _original_of(self, path: str) -> tuple[str, tuple[str, ...]] | None:
+    def _original_of(self, path: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]] | None:
         """Return the original path of a diffusers path, and all diffusers paths that lie in the same weight."""
         starred, number = _starred(path), _number(path)
         found = self._fused.get(starred) or self._fused.get(path)
-        return found and (found[0].replace("*", number), tuple(part.replace("*", number) for part in found[1]))
+        if found is None or not self._is_right(found[0], shape):
+            return None
+        return found[0].replace("*", number), tuple(part.replace("*", number) for part in found[1])
 
-    def _diffusers_of(self, path: str) -> tuple[str, ...]:
-        paths = self.modules.get(_starred(path)) or self.modules.get(path) or ()
-        return tuple(part.replace("*", _number(path)) for part in paths)
+    def _diffusers_of(self, path: str, shape: tuple[int, ...] = ()) -> tuple[str, ...]:
+        starred = _starred(path)
+        for pattern in (starred, path):
+            if paths := self.modules.get(pattern) or self.aliases.get(pattern):
+                right = self._is_right(pattern, shape)
+                return tuple(part.replace("*", _number(path)) for part in paths) if right else ()
+        return ()
+
+    def _is_right(self, pattern: str, shape: tuple[int, ...]) -> bool:
+        ratio = self.ratio.get(pattern)
+        return ratio is None or not shape or shape[0] == ratio * shape[1]
 
     def _cut(self, original: str, shape: tuple[int, ...]) -> list[Layer]:
         """Return the layers of one original weight; without a shape, only their names."""
-        paths = self._diffusers_of(original) or (original,)
+        paths = self._diffusers_of(original, shape) or (original,)
         names = [f"{self.component}.{path}" for path in paths]
         if len(paths) == 1 or not shape:
             return [Layer(name, shape, original) for name in names]
@@ -291,8 +328,13 @@ def _family(name: str, entry: dict[str, Any]) -> Family:
         lacks=tuple(entry.get("lacks", ())),
         width=(width["module"], tuple(width["is"])) if width else ("", ()),
         modules={k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("modules", {}).items()},
+        aliases={k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("aliases", {}).items()},
         rows={k: tuple(v) for k, v in entry.get("rows", {}).items()},
-        variants=tuple(Variant(v["label"], v["blocks"], v.get("width", 0)) for v in entry.get("variants", ())),
+        ratio=entry.get("ratio", {}),
+        variants=tuple(
+            Variant(v["label"], v.get("blocks", {}), v.get("width", 0), tuple(v.get("has", ())))
+            for v in entry.get("variants", ())
+        ),
         text_encoders=tuple(encoders),
         unet=UNetConfig(**unet) if unet else None,
     )

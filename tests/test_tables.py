@@ -1,0 +1,360 @@
+"""The tables of the families against diffusers: its models, built on no device, and its converters of checkpoints."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import diffusers
+import diffusers.loaders.single_file_utils as single_file
+import pytest
+import torch
+
+import lorax
+from lorax.families import families, recognise
+
+TABLES = sorted((Path(lorax.__file__).parent / "tables").glob("*.toml"))
+HEADS = {"num_attention_heads": 24, "joint_attention_dim": 96}
+BLOCKS = {"num_layers": 2, "num_single_layers": 2}
+AUDIO = {"audio_num_attention_heads": 2, "audio_attention_head_dim": 16, "audio_cross_attention_dim": 32}
+LTX2 = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64} | AUDIO
+GATED = {"gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True}
+KREA2 = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "text_hidden_dim": 32,
+    "text_num_attention_heads": 2,
+    "text_num_key_value_heads": 2,
+    "text_intermediate_size": 48,
+}
+WAN = {"num_layers": 2, "num_attention_heads": 1, "ffn_dim": 256, "freq_dim": 64, "text_dim": 96}
+IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128}
+HUNYUAN = {"num_layers": 2, "text_embed_dim": 96}
+# family -> the model class of diffusers, a small configuration (true widths where a converter has them built in), and
+# the converter of original checkpoints, if diffusers has one
+MODELS = {
+    "sd3": (
+        "SD3Transformer2DModel",
+        {"num_layers": 3, "caption_projection_dim": 192, "num_attention_heads": 3, "joint_attention_dim": 96}
+        | {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"},
+        "convert_sd3_transformer_checkpoint_to_diffusers",
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        HEADS | BLOCKS | {"guidance_embeds": True},
+        "convert_flux_transformer_checkpoint_to_diffusers",
+    ),
+    "flux2": (
+        "Flux2Transformer2DModel",
+        HEADS | BLOCKS | {"num_attention_heads": 1},
+        "convert_flux2_transformer_checkpoint_to_diffusers",
+    ),
+    "chroma": (
+        "ChromaTransformer2DModel",
+        HEADS | BLOCKS | {"approximator_layers": 2},
+        "convert_chroma_transformer_checkpoint_to_diffusers",
+    ),
+    "anima": (
+        "CosmosTransformer3DModel",
+        {"num_layers": 2, "num_attention_heads": 16, "text_embed_dim": 96, "extra_pos_embed_type": None},
+        "convert_cosmos_transformer_checkpoint_to_diffusers",
+    ),
+    "krea2": (
+        "Krea2Transformer2DModel",
+        KREA2 | {"num_layers": 2},
+        "convert_krea2_transformer_checkpoint_to_diffusers",
+    ),
+    "ltx": (
+        "LTXVideoTransformer3DModel",
+        {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32},
+        "convert_ltx_transformer_checkpoint_to_diffusers",
+    ),
+    "ltx LTX-2": ("LTX2VideoTransformer3DModel", LTX2, "convert_ltx2_transformer_to_diffusers"),
+    # The converter of diffusers 0.42 does not know prompt_adaln_single; its converter of LoRA files does.
+    "ltx LTX-2.3": ("LTX2VideoTransformer3DModel", LTX2 | GATED | {"use_prompt_embeddings": False}, ""),
+    "lumina2": ("Lumina2Transformer2DModel", {"num_layers": 2, "cap_feat_dim": 96}, "convert_lumina2_to_diffusers"),
+    "z_image": (
+        "ZImageTransformer2DModel",
+        {"n_layers": 2, "dim": 192, "n_heads": 6, "n_kv_heads": 6, "cap_feat_dim": 96, "axes_dims": [8, 12, 12]},
+        "convert_z_image_transformer_checkpoint_to_diffusers",
+    ),
+    "qwen_image": ("QwenImageTransformer2DModel", HEADS | {"num_layers": 2}, ""),
+    "wan": ("WanTransformer3DModel", WAN, "convert_wan_transformer_to_diffusers"),
+    "wan of images": ("WanTransformer3DModel", WAN | IMAGE, "convert_wan_transformer_to_diffusers"),
+    "wan VACE": (
+        "WanVACETransformer3DModel",
+        WAN | {"vace_layers": [0, 1], "vace_in_channels": 96},
+        "convert_wan_transformer_to_diffusers",
+    ),
+    "hunyuan_video": (
+        "HunyuanVideoTransformer3DModel",
+        HUNYUAN | BLOCKS,
+        "convert_hunyuan_video_transformer_to_diffusers",
+    ),
+    "hunyuan_video_15": ("HunyuanVideo15Transformer3DModel", HUNYUAN | {"image_embed_dim": 72}, ""),
+}
+SWAPPED = "shift and scale have changed places"
+ONE_NAME = "the original name is the same"
+# What the tables leave out, and why; the rest of a model's modules is in its table.
+LEFT_OUT = {
+    "sd3": {
+        "norm_out.linear": SWAPPED,
+        "transformer_blocks.2.norm1_context.linear": SWAPPED,
+        "context_embedder": ONE_NAME,
+    },
+    "flux": {"norm_out.linear": SWAPPED},
+    "flux2": {"norm_out.linear": SWAPPED},
+    "chroma": {"distilled_guidance_layer.in_proj": ONE_NAME, "distilled_guidance_layer.out_proj": ONE_NAME},
+    "anima": {},
+    "krea2": {},
+    "ltx": {"transformer_blocks": ONE_NAME, "caption_projection": ONE_NAME, "proj_out": ONE_NAME}
+    | {"audio_caption_projection": ONE_NAME, "audio_proj_out": ONE_NAME},
+    "lumina2": {"x_embedder": ONE_NAME},
+    "z_image": {
+        r"(\w+\.\d\.)?(feed_forward|adaLN_modulation)": ONE_NAME,
+        "t_embedder": ONE_NAME,
+        "cap_embedder": ONE_NAME,
+    },
+    "qwen_image": {"transformer_blocks|img_in|txt_in|time_text_embed|norm_out|proj_out": ONE_NAME},
+    "wan": {"patch_embedding|vace_patch_embedding": ONE_NAME},
+    "hunyuan_video": {"norm_out.linear": SWAPPED},
+    "hunyuan_video_15": {"norm_out.linear": SWAPPED},
+}
+
+
+def shapes_of(name):
+    kind, config, _ = MODELS[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**config)
+    parameters = model.state_dict().items()
+    return {key.removesuffix(".weight"): tuple(value.shape) for key, value in parameters if key.endswith(".weight")}
+
+
+class Checkpoint(dict):
+    """Weights; what else a converter wants (biases, norms, the last layer) it gets as zeros."""
+
+    def __init__(self, weights):
+        super().__init__(weights)
+        self.sizes = {key.removesuffix(".weight"): len(weight) for key, weight in weights.items()}
+
+    def pop(self, key, *default):
+        return super().pop(key, torch.zeros(self.sizes.get(key.removesuffix(".bias"), 2)))
+
+
+def original_shapes(family, shapes, aliases=False):
+    """The shapes of the same model in the original naming, or in that of the aliases where there are some."""
+    found = {}
+    other = {paths: alias for alias, paths in family.aliases.items() if paths in family.modules.values()}
+    for layer in family.layers(shapes):
+        m = found.get(layer.original, (0,))[0] + layer.shape[0]
+        found[layer.original] = (m, *layer.shape[1:])
+    if not aliases:
+        return found
+    spelled = {original: other.get(paths, original) for original, paths in family.modules.items()}
+    star = re.compile(r"(?<=\.)\d+(?=\.)")
+    renamed = {}
+    for path, shape in found.items():
+        number = star.search(path)
+        pattern = spelled.get(star.sub("*", path, count=1)) or spelled.get(path) or path
+        renamed[pattern.replace("*", number.group() if number else "")] = shape
+    return renamed
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_of_diffusers_is_in_the_table_or_has_a_reason(name):
+    family = families()[name.split()[0]]
+    shapes = shapes_of(name)
+    assert recognise(shapes) is family
+    left_out = LEFT_OUT[family.name]
+    for layer in family.layers(shapes):
+        reason = next((why for path, why in left_out.items() if re.match(rf"({path})(\.|$)", layer.path)), None)
+        assert (layer.original != layer.path) == (reason is None), layer
+        assert layer.shape == shapes[layer.path]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_in_the_original_naming_has_the_same_layers(name):
+    family = families()[name.split()[0]]
+    shapes = shapes_of(name)
+    originals = original_shapes(family, shapes)
+    assert recognise(originals) is family
+    layers = {layer.name: layer for layer in family.layers(shapes)}
+    assert {layer.name: layer for layer in family.layers(originals)} == layers
+    assert len(layers) == sum(len(shape) > 1 for shape in shapes.values())
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, converter) in MODELS.items() if converter])
+def test_the_rows_are_those_that_diffusers_own_converter_takes(name):
+    """Weights of one column whose entries number their rows."""
+    family = families()[name.split()[0]]
+    shapes = shapes_of(name)
+    originals = original_shapes(family, shapes, aliases=name == "hunyuan_video")
+    rows = {path: torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)) for path, shape in originals.items()}
+    prefix = "net." if name == "anima" else ""
+    file = {f"{prefix}{path}.weight": value + 10**6 * i for i, (path, value) in enumerate(rows.items())}
+    converted = getattr(single_file, MODELS[name][2])(Checkpoint(file))
+    swapped = {path for path, why in LEFT_OUT[family.name].items() if why == SWAPPED}
+    checked = set()
+    for layer in family.layers(originals):
+        if layer.path not in swapped:
+            expected = file[f"{prefix}{layer.original}.weight"]
+            expected = expected if layer.rows is None else expected[slice(*layer.rows)]
+            assert torch.equal(converted[f"{layer.path}.weight"], expected), layer
+            checked.add(layer.path)
+    assert checked == {path for path, shape in shapes.items() if len(shape) > 1} - swapped
+
+
+def test_swapped_rows_keep_the_original_name():
+    """In the last block of SD 3 the context is only normed: two parts, swapped, where other blocks have six."""
+    shapes = {"joint_blocks.0.context_block.adaLN_modulation.1": (6 * 64, 64)}
+    shapes |= {"joint_blocks.1.context_block.adaLN_modulation.1": (2 * 64, 64)}
+    names = [layer.path for layer in families()["sd3"].layers(shapes)]
+    assert names == ["transformer_blocks.0.norm1_context.linear", "joint_blocks.1.context_block.adaLN_modulation.1"]
+
+
+def unet_blocks(down, up, middle, resnets_down=2):
+    """The numbered blocks of a U-Net, as layers: the depth of each attention on the way down and up."""
+    found = []
+    for part, levels, extra in (("down_blocks", down, 0), ("up_blocks", up, 1)):
+        for i, depth in enumerate(levels):
+            found += [f"{part}.{i}.resnets.{j}.conv1" for j in range(resnets_down + extra)]
+            depths = depth if isinstance(depth, list) else [depth] * (resnets_down + extra)
+            for j, n in enumerate(depths):
+                found += [f"{part}.{i}.attentions.{j}.transformer_blocks.{k}.attn1.to_q" for k in range(n)]
+    found += [f"mid_block.resnets.{j}.conv1" for j in range(2) if middle is not None]
+    found += [f"mid_block.attentions.0.transformer_blocks.{k}.attn1.to_q" for k in range(middle or 0)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks", "label"),
+    [
+        ("sdxl", unet_blocks([0, 2, 10], [10, 2, 0], 10), "Stable Diffusion XL"),
+        ("sdxl", unet_blocks([0, 2, 4], [[4, 4, 10], [2, 1, 1], 0], 0), "SSD-1B"),
+        ("sdxl", unet_blocks([0, 1, 2], [2, 1, 0], 0), "Segmind Vega"),
+        ("sdxl", unet_blocks([0, 2, 6], [6, 2, 0], 6, 1), "KOALA-1B"),
+        ("sdxl", unet_blocks([0, 2, 5], [5, 2, 0], None, 1), "KOALA-700M"),
+        ("sd1", unet_blocks([1, 1, 1, 0], [0, 1, 1, 1], 1), "Stable Diffusion 1.x"),
+        ("sd1", unet_blocks([1, 1, 1, 0], [0, 1, 1, 1], 1, 1), "BK-SDM-Base"),
+        ("sd1", unet_blocks([1, 1, 1, 0], [0, 1, 1, 1], None, 1), "BK-SDM-Small"),
+        ("sd1", unet_blocks([1, 1, 1], [1, 1, 1], None, 1), "BK-SDM-Tiny"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_pruned_unet_has_its_label(family, blocks, label):
+    assert families()[family].variant(lorax.layers.Layer(f"unet.{path}", (8, 8)) for path in blocks) == label
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "label"),
+    [
+        ("sd3", {"joint_blocks": 38}, "Stable Diffusion 3.5 Large"),
+        ("sd3", {"joint_blocks": 24}, "Stable Diffusion 3 Medium"),
+        ("flux", {"double_blocks": 19, "single_blocks": 38}, "FLUX.1"),
+        ("flux", {"double_blocks": 8, "single_blocks": 38}, "Flux-lite 8B"),
+        ("flux2", {"double_blocks": 8, "single_blocks": 48}, "FLUX.2 dev"),
+        ("flux2", {"double_blocks": 8, "single_blocks": 24}, "FLUX.2 Klein 9B"),
+        ("flux2", {"double_blocks": 5, "single_blocks": 20}, "FLUX.2 Klein 4B"),
+        ("anima", {"blocks": 28}, "Anima, 28 blocks"),
+        ("anima", {"blocks": 40}, "Anima, 40 blocks"),
+        ("anima", {"blocks": 52}, "Anima, 52 blocks"),
+        ("ltx", {"transformer_blocks": 28}, "LTX-Video 2B"),
+        ("ltx", {"transformer_blocks": 48}, "LTX-Video 13B"),
+        ("ltx LTX-2", {"transformer_blocks": 48}, "LTX-2"),
+        ("ltx LTX-2.3", {"transformer_blocks": 48}, "LTX-2.3"),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_a_member_has_its_label(name, blocks, label):
+    family = families()[name.split()[0]]
+    small = original_shapes(family, shapes_of(name))
+    small = {path: shape for path, shape in small.items() if "attn2.qkv" not in path}
+    shapes = {path: shape for path, shape in small.items() if not path.startswith(tuple(blocks))}
+    for container, number in blocks.items():
+        block = {
+            p.removeprefix(f"{container}.0"): shape for p, shape in small.items() if p.startswith(f"{container}.0.")
+        }
+        shapes |= {f"{container}.{i}{path}": shape for i in range(number) for path, shape in block.items()}
+    assert family.variant(family.layers(shapes)) == label
+
+
+def test_sd35_medium_is_told_by_its_second_attention():
+    shapes = {f"joint_blocks.{i}.x_block.attn.qkv": (576, 192) for i in range(24)}
+    shapes["joint_blocks.0.x_block.attn2.qkv"] = (576, 192)
+    family = families()["sd3"]
+    assert family.variant(family.layers(shapes)) == "Stable Diffusion 3.5 Medium"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "width", "label"),
+    [(30, 1536, "Wan 1.3B"), (30, 3072, "Wan 2.2 5B"), (40, 5120, "Wan 14B"), (40, 1536, "Wan")],
+)
+def test_a_wan_is_told_by_depth_and_width(blocks, width, label):
+    family = families()["wan"]
+    shapes = {f"blocks.{i}.self_attn.q": (width, width) for i in range(blocks)}
+    assert family.variant(family.layers(shapes)) == label
+
+
+def test_a_video_model_on_stable_diffusion_2_is_not_stable_diffusion_2():
+    shapes = {"input_blocks.0.0": (320, 4, 3, 3), "input_blocks.1.1.transformer_blocks.0.attn2.to_k": (320, 1024)}
+    assert recognise(shapes) is families()["sd2"]
+    assert recognise(shapes | {"input_blocks.1.1.time_stack.0.attn1.to_q": (320, 320)}) is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_spellings_are_found_without_a_base(name):
+    family = families()[name.split()[0]]
+    for layer in family.layers(shapes_of(name)):
+        if layer.original == layer.path:
+            continue
+        for path in (layer.path, layer.path.replace(".", "_")):
+            assert [found.name for found in family.find("unet", path)] == [layer.name]
+        for path in (layer.original, layer.original.replace(".", "_")):
+            assert layer.name in [found.name for found in family.find("transformer", path)]
+
+
+def test_aliases_mean_the_layers_of_the_original_module():
+    flux, hunyuan = families()["flux"], families()["hunyuan_video"]
+    parts = flux.find("unet", "single_blocks.7.linear1_qkv", (48, 16))
+    assert [(layer.path.rpartition(".")[2], layer.rows) for layer in parts] == [
+        ("to_q", (0, 16)),
+        ("to_k", (16, 32)),
+        ("to_v", (32, 48)),
+    ]
+    assert {layer.original for layer in parts} == {"single_blocks.7.linear1"}
+    assert hunyuan.find("unet", "double_blocks_3_img_mlp_fc1") == hunyuan.find("unet", "double_blocks.3.img_mlp.0")
+    spelled = flux.spellings(flux.layers({"single_blocks.7.linear1": (7 * 16, 16)}))
+    assert spelled == {"single_blocks.7.linear1_qkv": [layer.name for layer in parts]}
+
+
+KNOWN = {"label", "component", "kohya", "has", "lacks", "width", "modules", "aliases", "rows", "ratio", "variants"}
+KNOWN |= {"text_encoders", "unet"}
+PATH = re.compile(r"[\w-]+(\.([\w-]+|\*))*")
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
+def test_a_table_is_well_formed(file):
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    table = tomllib.loads(text)
+    assert set(table) <= KNOWN
+    assert table["component"] == ("unet" if "unet" in table else "transformer")
+    assert table["kohya"] in ("original", "diffusers")
+    assert ("unet" in table) != ("has" in table)
+    modules, aliases = table.get("modules", {}), table.get("aliases", {})
+    paths = [path for parts in modules.values() for path in ([parts] if isinstance(parts, str) else parts)]
+    assert len(paths) == len(set(paths))
+    assert not set(modules) & (set(aliases) | set(paths))
+    for original, parts in [*modules.items(), *aliases.items()]:
+        for path in [parts] if isinstance(parts, str) else parts:
+            assert PATH.fullmatch(original)
+            assert PATH.fullmatch(path)
+            assert original.count("*") == path.count("*") <= 1
+            assert path in paths
+    for pattern in [*table.get("rows", {}), *table.get("ratio", {})]:
+        assert pattern in modules
+    for variant in table.get("variants", []):
+        assert set(variant) <= {"label", "blocks", "width", "has"}
+        assert len(variant) > 1
+    for encoder in table.get("text_encoders", []):
+        assert set(encoder) == {"component", "kind", "checkpoint", "kohya"}
