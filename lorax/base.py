@@ -216,7 +216,7 @@ def _recognise(files: Mapping[str, TensorFile], name: str) -> tuple[Family, str,
 def _spelled(
     layers: list[Layer], spellings: Mapping[str, tuple[str, Rows | None]]
 ) -> tuple[list[Layer], dict[str, list[str]]]:
-    """Cut layers into the parts that the spellings know; return also the names of the layers that each spelling means."""
+    """Cut layers into the parts that the spellings know; return also the layers that each spelling means."""
     parts: dict[str, dict[Rows, str]] = {}
     for path, (module, rows) in spellings.items():
         if rows is not None and (rows not in (known := parts.setdefault(module, {})) or "." in path):

@@ -158,30 +158,58 @@ def compare_bases(
         raise MismatchError("the two bases share no kind of layer", got, "compare bases of related families")
     check_rank(rank, (layer for s, t in kinds.values() for layer in s + t))
     total, done = sum(len(s) + len(t) for s, t in kinds.values()), 0
+
+    def tick(_: int, __: int, name: str) -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, total), total, name)
+
     result = Similarity(source.name, target.name, rank, (source.identity(), target.identity()))
     for kind, (sources, targets) in kinds.items():
-        left = [[NO_SCORE] * len(targets) for _ in sources]
-        right = [[NO_SCORE] * len(targets) for _ in sources]
-        start = 0
-        while start < len(sources):
-            held: list[tuple[_Side, _Side]] = []
-            while (
-                start + len(held) < len(sources)
-                and sum(side.held.nbytes for pair in held for side in pair) < BUDGET_BYTES
-            ):
-                layer = sources[start + len(held)]
-                held.append(_sides(source.weight(layer.name, device), rank))
-                done += 1
-                progress(min(done, total), total, layer.name)
-            for j, layer in enumerate(targets):
-                left_t, right_t = _sides(target.weight(layer.name, device), rank)
-                for i, (left_s, right_s) in enumerate(held, start):
-                    left[i][j], right[i][j] = left_s.score(left_t), right_s.score(right_t)
-                done += start == 0
-                progress(min(done, total), total, layer.name)
-            start += len(held)
+        scores = score_layers(source, target, sources, targets, rank=rank, device=device, progress=tick)
+        left, right = ([[scores[s.name, t.name][side] for t in targets] for s in sources] for side in (0, 1))
         result.kinds.append(KindSimilarity(kind, sources, targets, left, right))
     return result
+
+
+def score_layers(
+    source: Base,
+    target: Base,
+    sources: list[Layer],
+    targets: list[Layer],
+    *,
+    rank: int | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[tuple[str, str], tuple[Score, Score]]:
+    """Compare every one of some source layers with every one of some target layers, on both sides.
+
+    Args:
+        source: The base that `sources` are layers of.
+        target: The base that `targets` are layers of.
+        sources: Layers of the source.
+        targets: Layers of the target.
+        rank: Compare only the leading triplets; None compares whole layers.
+        device: Where to compute.
+        progress: Called for each layer that was read.
+
+    Returns:
+        Left and right score by (source layer name, target layer name).
+    """
+    total, scores = len(sources) + len(targets), dict[tuple[str, str], tuple[Score, Score]]()
+    start = 0
+    while start < len(sources):
+        held: dict[str, tuple[_Side, _Side]] = {}
+        while start < len(sources) and sum(side.held.nbytes for pair in held.values() for side in pair) < BUDGET_BYTES:
+            layer, start = sources[start], start + 1
+            held[layer.name] = _sides(source.weight(layer.name, device), rank)
+            progress(start, total, layer.name)
+        for j, layer in enumerate(targets, 1):
+            left_t, right_t = _sides(target.weight(layer.name, device), rank)
+            for name, (left_s, right_s) in held.items():
+                scores[name, layer.name] = left_s.score(left_t), right_s.score(right_t)
+            progress(start + j, total, layer.name)
+    return scores
 
 
 def highest_rank(layers: Iterable[Layer]) -> int:
