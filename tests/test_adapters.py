@@ -142,7 +142,8 @@ def test_nothing_is_dropped_in_silence(tmp_path):
     tensors = {
         f"{module}_to_q.lora_up.weight": UP,
         f"{module}_to_q.lora_down.weight": DOWN,
-        f"{module}_to_q.dora_scale": torch.ones(320, 1),
+        f"{module}_to_out_0.dora_scale": torch.ones(320, 1),
+        f"{module}_to_out_0.set_weight": torch.ones(320, 1),
         f"{module}_to_k.lora_up.weight": UP,
         f"{module}_to_v.lora_up.weight": UP,
         f"{module}_to_v.lora_down.weight": torch.randn(3, 320),
@@ -157,7 +158,7 @@ def test_nothing_is_dropped_in_silence(tmp_path):
     assert len(adapter.layers) == 1
     assert set(adapter.unused) in (set(tensors) - used, set(tensors) - other)
     why = "\n".join(adapter.unused.values())
-    for word in ("DoRA", "partner", "not two factors", "same layer", "not a part"):
+    for word in ("replaces a weight", "partner", "not two factors", "same layer", "not a part"):
         assert word in why
 
 

@@ -1,41 +1,93 @@
 """The keys of adapter files: which layer they mean, and which part of its update."""
 
+import re
 from typing import NamedTuple
 
 from ..families import Family
 from ..layers import Layer, flatten
+from .kinds import KINDS
 
+# The ends of keys -> the field of the update that the tensor is. Longer ends come before those that they end with.
 ROLES = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
+    ".lora_down.weight": "lora_down",
+    ".lora_up.weight": "lora_up",
+    ".lora_mid.weight": "lora_mid",
+    ".lora_A.weight": "lora_down",
+    ".lora_B.weight": "lora_up",
+    ".lora_A.default.weight": "lora_down",
+    ".lora_B.default.weight": "lora_up",
+    ".lora_A": "lora_down",
+    ".lora_B": "lora_up",
+    ".lora_linear_layer.down.weight": "lora_down",
+    ".lora_linear_layer.up.weight": "lora_up",
+    ".lora.down.weight": "lora_down",
+    ".lora.up.weight": "lora_up",
+    "_lora.down.weight": "lora_down",
+    "_lora.up.weight": "lora_up",
+    ".lora_B.bias": "lora_bias",
+    ".lora_B.default.bias": "lora_bias",
+    ".lora_magnitude_vector": "dora_scale",
+    ".lora_magnitude_vector.weight": "dora_scale",
+    ".lora_magnitude_vector.default.weight": "dora_scale",
+    ".lora_magnitude_vector.default": "dora_scale",
+    ".reshape_weight": "reshape_weight",
     ".alpha": "alpha",
-    ".delta": "delta",
 }
-# prefix -> (component, naming)
+ROLES |= {
+    f".{kind.KEYS.get(name, name)}": name for kind in KINDS for name in sorted(kind.REQUIRED | kind.OPTIONAL)
+}  # fmt: skip
+# Differences of one-dimensional parameters -> which parameter of the module they are of.
+VECTOR_ROLES = {"diff_b": "bias", "lora_bias": "bias", "b_norm": "bias", "w_norm": "weight"}
+ROLES |= {f".{role}": role for role in ("diff_b", "w_norm", "b_norm")}
+# Kinds of text encoder, as ComfyUI calls them; a family says which component each is.
+ENCODER_KINDS = ("clip_l", "clip_g", "clip_h", "t5xxl")
+# prefix -> (component or kind of text encoder, naming)
 PREFIXES = {
+    "lora_unet__": ("unet", "kohya"),
     "lora_unet_": ("unet", "kohya"),
+    "lora_transformer_": ("unet", "kohya"),
+    "lycoris_": ("unet", "kohya"),
     "lora_te1_": ("text_encoder", "kohya"),
     "lora_te2_": ("text_encoder_2", "kohya"),
+    "lora_te3_": ("t5xxl", "kohya"),
     "lora_te_": ("text_encoder", "kohya"),
     "base_model.model.text_model.": ("text_encoder", "peft"),
+    "unet.base_model.model.": ("unet", "peft"),
+    "transformer.base_model.model.": ("unet", "peft"),
     "base_model.model.": ("unet", "peft"),
+    "model.diffusion_model.": ("unet", "original"),
+    "diffusion_model.": ("unet", "original"),
+    **{f"text_encoders.{kind}.transformer.": (kind, "original") for kind in ENCODER_KINDS},
     "unet.": ("unet", "diffusers"),
+    "transformer.": ("unet", "diffusers"),
     "text_encoder.": ("text_encoder", "diffusers"),
     "text_encoder_2.": ("text_encoder_2", "diffusers"),
-    "diffusion_model.": ("unet", "diffusers"),
+    "text_encoder_3.": ("text_encoder_3", "diffusers"),
     "text_model.": ("text_encoder", "diffusers"),
     "": ("unet", "diffusers"),
 }
+# How the XLabs trainer calls the attention of FLUX's double blocks.
+XLABS = {
+    "qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv",
+    "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj",
+}  # fmt: skip
+INPUT_SIDE = "a rotation of PEFT, of the inputs and by settings that the file does not hold: merge it with PEFT first"
+EMBEDDING = "a textual-inversion vector: a LoRA file has no place for it, keep the original beside the result"
+REASONS = (
+    (r"\.set_weight$", "it replaces a weight: that is no update of one"),
+    (r"\.b?oft_[RS](\.|$)|\.boft_s(\.|$)", INPUT_SIDE),
+    (
+        r"\.lora_embedding_[AB](\.|$)|\.token_emb",
+        "an update of an embedding: only linear and convolution layers are read",
+    ),
+    (r"\.bm\.weight$|\.lokr_t1$", "a form of GLoRA or LoKr that no program writes and none reads"),
+    (r"\.on_input$|\.ia3_", "(IA)^3, a kind that is not read"),
+    (r"\.vera_lambda|\.lora_E(\.|$)|\.hada_w.*\.scalar$", "a part of a kind that is not read"),
+    (
+        r"^bundle_emb\.",
+        EMBEDDING,
+    ),
+)
 
 
 class Key(NamedTuple):
@@ -48,10 +100,16 @@ class Key(NamedTuple):
 
 
 def parse(key: str) -> Key | None:
-    """Return what a key of an adapter file means; None if it belongs to no update that is known."""
+    """Return what a key of an adapter file means; None if it belongs to no update that is known.
+
+    The component is that of SD and SDXL, or a kind of text encoder (`t5xxl`); `unet` is the main model of any family.
+    """
     if key.startswith(("unet:", "text_encoder:")):
         component, number, role = [*key.split(":"), "", ""][:3]
-        return Key(component, number, role, "indexed") if number.isdigit() and role in ("up", "down") else None
+        known = number.isdigit() and role in ("up", "down")
+        return Key(component, number, f"lora_{role}", "indexed") if known else None
+    if found := re.fullmatch(r"(.*\.)processor\.(\w+_lora[12])\.(down|up)\.weight", key):
+        key = f"{found[1]}{XLABS.get(found[2], found[2])}.lora_{found[3]}.weight"
     suffix = next((suffix for suffix in ROLES if key.endswith(suffix)), None)
     if suffix is None:
         return None
@@ -62,6 +120,11 @@ def parse(key: str) -> Key | None:
     if prefix.endswith("text_model."):
         path = "text_model." + path.removeprefix("text_model.")
     return Key(component, path, ROLES[suffix], naming)
+
+
+def why_unknown(key: str) -> str:
+    """Return why a key that `parse` does not know is not used."""
+    return next((why for pattern, why in REASONS if re.search(pattern, key)), "not a part of any update that is known")
 
 
 def indexed_layers(family: Family, component: str) -> list[Layer]:
@@ -87,11 +150,29 @@ def indexed_layers(family: Family, component: str) -> list[Layer]:
     return [family.table[f"unet.{block}.{part}"] for block in blocks for part in parts]
 
 
-def kohya_module(layer: Layer, family: Family | None) -> str:
-    """Return the module name of a layer in kohya's LoRA files: `lora_unet_...`, `lora_te_...`, `lora_te1_...`."""
+def module_name(layer: Layer, family: Family | None, naming: str) -> str:
+    """Return how a file calls a layer, or the module of a parameter.
+
+    Args:
+        layer: The layer.
+        family: The family of its base, None where it is unknown.
+        naming: `kohya` (`lora_unet_...`, `lora_te_...`), `original` (`diffusion_model....`) or `diffusers`.
+    """
+    encoder = next((e for e in family.text_encoders if e.component == layer.component), None) if family else None
+    if naming == "diffusers":
+        return layer.name
+    if naming == "original":
+        prefix = "diffusion_model" if layer.is_main else f"text_encoders.{encoder.kind}.transformer" if encoder else ""
+        return f"{prefix}.{layer.original or layer.path}" if prefix else layer.name
     if layer.is_main:
-        use_original = family is not None and family.kohya == "original" and layer.original
-        return "lora_unet_" + flatten(layer.original if use_original else layer.path)
-    encoders = family.text_encoders if family is not None else ()
-    prefix = next((encoder.kohya for encoder in encoders if encoder.component == layer.component), "lora_te")
-    return f"{prefix}_{flatten(layer.path)}"
+        return "lora_unet_" + flatten(layer.original if _uses_original(layer, family) else layer.path)
+    return f"{encoder.kohya if encoder else 'lora_te'}_{flatten(layer.path)}"
+
+
+def is_fused(layer: Layer, family: Family | None, naming: str) -> bool:
+    """Return whether a file in this naming knows the layer only as a part of a fused weight."""
+    return layer.rows is not None and (naming == "original" or (naming == "kohya" and _uses_original(layer, family)))
+
+
+def _uses_original(layer: Layer, family: Family | None) -> bool:
+    return bool(layer.original) and family is not None and family.kohya == "original"

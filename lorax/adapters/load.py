@@ -1,128 +1,218 @@
 """Reading adapter files."""
 
 import json
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..base import Base
-from ..errors import FormatError, NumericsError
+from ..errors import FormatError, LoraxError, NumericsError
 from ..families import Family, families
-from ..layers import Layer, reads_text
+from ..layers import Layer
 from ..tensorfile import TensorFile
-from .keys import indexed_layers, parse
-from .model import Adapter, AdapterLayer, LoraLayer, LoraXLayer
+from .config import PeftConfig, peft_config
+from .diff import VectorLayer
+from .keys import EMBEDDING, VECTOR_ROLES, parse, why_unknown
+from .kinds import kind_of
+from .layer import AdapterLayer, Shape
+from .lokr import LokrLayer
+from .lora_x import LoraXLayer
+from .model import Adapter
+from .oft import OftLayer
+from .resolve import Module, family_of, places, vector_place, whole_of
 
 LORA_X_VERSION = "1"
-# component and module path, as a key spells them
-Module = tuple[str, str]
-Alpha = Callable[[str, int], float | None]
+# field -> key
+Keys = dict[str, str]
 
 
-def load_adapter(path: str | os.PathLike[str], base: Base | None = None) -> Adapter:
-    """Read an adapter file: LoRA in kohya, diffusers, PEFT or indexed naming, or LoRA-X.
+def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, strict: bool = False) -> Adapter:
+    """Read an adapter file of any kind that is known, in any naming that is known.
 
     Args:
         path: A safetensors file. The scale of a PEFT adapter is taken from the `adapter_config.json` beside it.
         base: The base that it was made for, if at hand: its layers are then known by name even where the base is not
             one of the full-size models.
+        strict: Raise at the first update that cannot be used, instead of going on without it.
 
     Returns:
-        The adapter, its factors in the dtype of the file. What the file holds beyond known updates is in `unused`.
+        The adapter, its tensors in the dtype of the file. What it holds beyond known updates, and every update that is
+        broken, is in `unused` with the reason.
 
     Raises:
         FileError: The file is missing or damaged.
-        FormatError: It holds no update that is known.
-        NumericsError: It holds NaN or Inf.
+        FormatError: It holds no update that can be used; with `strict`, one that cannot be.
+        NumericsError: So, because of NaN or Inf.
     """
     file = TensorFile(path)
-    complete, naming, unused = _group(file)
-    shapes = {module: _shape(file, keys) for module, keys in complete.items()}
+    modules, naming, unused = _group(file)
+    reading = _Reading(file, strict, unused)
+    shapes = {module: shape for module, keys in modules.items() if (shape := reading.shape_of(keys)) is not None}
     if naming == "indexed":
         _check_indexed(file)
-    family = _family(shapes, naming, base) or families().get(file.metadata.get("base_family", ""))
-    alpha_of = _configured_alpha(file)
+    family = family_of(shapes, naming, base) or families().get(file.metadata.get("base_family", ""))
+    config = peft_config(file)
     fingerprints = _fingerprints(file) if naming == "lora-x" else {}
-    layers: dict[str, AdapterLayer] = {}
-    spellings: dict[str, str] = {}
-    for module, keys in complete.items():
-        layer = _resolve(module, shapes[module], base, family, naming)
-        problem = _problem(file, keys, layer, layers)
-        if problem:
-            unused |= {key: problem for key in keys.values()}
-            continue
-        if naming != "indexed":
-            spellings[layer.name] = module[1]
-        if "delta" in keys:
-            layers[layer.name] = LoraXLayer(layer, _finite(file, keys["delta"]), fingerprints.get(layer.name, ""))
-        else:
-            up, down = _finite(file, keys["up"]), _finite(file, keys["down"])
-            alpha = float(_finite(file, keys["alpha"])) if "alpha" in keys else alpha_of(module[1], down.shape[0])
-            layers[layer.name] = LoraLayer(layer, up, down, alpha)
-    return Adapter(file.path.name, family, naming, layers, unused, file.metadata, spellings)
+    for module, keys in modules.items():
+        if module in shapes:
+            reading.add_update(module, keys, places(module, shapes[module], base, family, naming), config, naming)
+        for role in keys.keys() & VECTOR_ROLES.keys() | ({"diff"} if _is_vector(file, keys) else set()):
+            reading.add_vector(module, keys, role, base, family, config)
+    layers = {
+        name: replace(own, fingerprint=fingerprints.get(name, "")) if isinstance(own, LoraXLayer) else own
+        for name, own in reading.layers.items()
+    }
+    if not layers:
+        got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}"
+        raise reading.first or FormatError("no LoRA and no other adapter in the file", got, "give an adapter file")
+    return Adapter(file.path.name, family, naming, layers, unused, file.metadata, reading.spellings)
 
 
-def _group(file: TensorFile) -> tuple[dict[Module, dict[str, str]], str, dict[str, str]]:
+def _group(file: TensorFile) -> tuple[dict[Module, Keys], str, dict[str, str]]:
     """Sort the keys into updates: for each module its keys by role, the file's naming, and the rest with a reason."""
-    modules: dict[Module, dict[str, str]] = {}
+    modules: dict[Module, Keys] = {}
     namings: Counter[str] = Counter()
     unused: dict[str, str] = {}
     for key in file.entries:
         parsed = parse(key)
-        if parsed is None:
-            unused[key] = _why_unknown(key, file)
+        if file.metadata.get(key) == "<embed>":
+            unused[key] = EMBEDDING
+        elif parsed is None:
+            unused[key] = why_unknown(key)
         elif parsed.role in (parts := modules.setdefault((parsed.component, parsed.path), {})):
             unused[key] = f"a second '{parsed.role}' for the same layer as {parts[parsed.role]}"
         else:
             parts[parsed.role] = key
             namings[parsed.naming if parsed.role != "delta" else "lora-x"] += 1
-    complete = {module: keys for module, keys in modules.items() if "delta" in keys or {"up", "down"} <= set(keys)}
-    for module in modules.keys() - complete.keys():
-        unused |= dict.fromkeys(modules[module].values(), "its partner (up or down) is not in the file")
-    if not complete:
-        got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}"
-        raise FormatError("no LoRA and no LoRA-X in the file", got, "give an adapter file")
-    return complete, namings.most_common(1)[0][0], unused
+    return modules, namings.most_common(1)[0][0] if namings else "", unused
 
 
-def _why_unknown(key: str, file: TensorFile) -> str:
-    if file.metadata.get(key) == "<embed>":
-        return "a textual-inversion vector: a LoRA file has no place for it, keep the original beside the result"
-    if "dora_scale" in key or "magnitude_vector" in key:
-        return "the magnitude of a DoRA, which is not transferred yet: the result acts as a plain LoRA"
-    return "not a part of any update that is known"
+@dataclass(slots=True)
+class _Reading:
+    """The layers that were read so far, and what was left out."""
+
+    file: TensorFile
+    strict: bool
+    unused: dict[str, str]
+    layers: dict[str, AdapterLayer] = field(default_factory=dict[str, AdapterLayer])
+    spellings: dict[str, str] = field(default_factory=dict[str, str])
+    first: LoraxError | None = None
+
+    def shape_of(self, keys: Keys) -> Shape | None:
+        """Return the shape that the parts of a matrix tell; None where there is no sound update of one."""
+        parts = _matrix_parts(self.file, keys)
+        if not parts:
+            return None
+        try:
+            shapes = {name: self.file.entries[key].shape for name, key in parts.items()}
+            kind = kind_of(shapes)
+            kind.check(Layer("", ()), shapes)
+            return kind.shape_of(shapes)
+        except FormatError as error:
+            self._refuse(parts.values(), error)
+        return None
+
+    def add_update(self, module: Module, keys: Keys, found: list[Layer], config: PeftConfig, naming: str) -> None:
+        """Read the update of a matrix; of a fused one cut into its parts, where the kind can be cut."""
+        parts = _matrix_parts(self.file, keys)
+        try:
+            tensors = {name: self._finite(key) for name, key in parts.items()}
+            if "magnitude" in parts.get("dora_scale", ""):  # PEFT's is always per output, whatever its shape
+                tensors["dora_scale"] = tensors["dora_scale"].flatten()
+            kind = kind_of({name: tuple(part.shape) for name, part in tensors.items()})
+            shape = kind.shape_of({name: tuple(part.shape) for name, part in tensors.items()})
+            alone = len(found) == 1
+            own = kind.read(found[0] if alone else whole_of(found, shape if len(shape) > 1 else ()), tensors, None)
+            own = self._scaled(own, keys, module[1], config)
+            cut = None if alone else own.cut(found)
+            for layer in cut or [own]:
+                self._check_new(layer)
+        except LoraxError as error:
+            self._refuse(parts.values(), error)
+            return
+        for layer in cut or [own]:
+            self.layers[layer.layer.name] = layer
+            if naming != "indexed":
+                self.spellings[layer.layer.name] = module[1]
+
+    def add_vector(
+        self, module: Module, keys: Keys, role: str, base: Base | None, family: Family | None, config: PeftConfig
+    ) -> None:
+        """Read the difference of a bias or of a norm."""
+        key, parameter = keys[role], VECTOR_ROLES.get(role, "weight")
+        try:
+            diff = self._finite(key)
+            layer = vector_place(module, parameter, diff.numel(), base, family)
+            if role == "lora_bias":  # PEFT scales it as it scales the update
+                rank = self.file.entries[keys["lora_down"]].shape[0] if "lora_down" in keys else 0
+                alpha = self._alpha(keys, module[1], rank, config) if rank else None
+                diff = diff if alpha is None or alpha == rank else (diff.float() * alpha / rank).to(diff.dtype)
+            own = VectorLayer.read(layer, {"diff": diff})
+            own = replace(own, role="diff_b" if role == "lora_bias" else role)
+            self._check_new(own)
+        except LoraxError as error:
+            self._refuse([key], error)
+            return
+        self.layers[layer.name] = own
+        self.spellings[layer.name] = f"{module[1]}.{parameter}"
+
+    def _scaled(self, own: AdapterLayer, keys: Keys, path: str, config: PeftConfig) -> AdapterLayer:
+        """Give a layer its alpha. Without effect, because alpha is 0, it stays, and that is said."""
+        if not hasattr(own, "alpha"):
+            return own
+        alpha = self._alpha(keys, path, own.rank, config)
+        if alpha == 0 and "alpha" in keys and not isinstance(own, OftLayer):
+            self.unused[keys["alpha"]] = "alpha is 0: the update has no effect, in ComfyUI too"
+        if isinstance(own, LokrLayer) and own.lokr_w1 is not None and own.lokr_w2 is not None and "alpha" not in keys:
+            factor = config.scale_of(path)
+            return own if factor == 1 else replace(own, lokr_w1=(own.lokr_w1.float() * factor).to(own.lokr_w1.dtype))
+        return replace(own, alpha=alpha)  # pyright: ignore[reportCallIssue]
+
+    def _alpha(self, keys: Keys, path: str, rank: int, config: PeftConfig) -> float | None:
+        if "alpha" not in keys:
+            return config.alpha_of(path, rank)
+        key = keys["alpha"]
+        if math.prod(self.file.entries[key].shape) != 1:
+            raise FormatError(
+                "alpha is not a number", f"{key} {list(self.file.entries[key].shape)}", "use a sound copy"
+            )
+        return float(self._finite(key).double())
+
+    def _finite(self, key: str) -> Tensor:
+        tensor = self.file.tensor(key)
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise NumericsError("an adapter holds NaN or Inf", f"{key} in {self.file.path}", "use a sound copy")
+        return tensor
+
+    def _check_new(self, own: AdapterLayer) -> None:
+        if own.layer.name in self.layers:
+            got = f"another key of the file means the same layer, {own.layer.name}"
+            raise FormatError("two updates for one layer", got, "use a sound copy")
+
+    def _refuse(self, keys: Iterable[str], error: LoraxError) -> None:
+        keys = list(keys)
+        if self.strict:
+            raise type(error)(error.what, f"{keys[0]}: {error.got}", error.fix) from error
+        # NaN is the better reason where a file is refused whole.
+        if self.first is None or (isinstance(error, NumericsError) and not isinstance(self.first, NumericsError)):
+            self.first = error
+        self.unused |= dict.fromkeys(keys, f"{error.what}: {error.got}")
 
 
-def _shape(file: TensorFile, keys: Mapping[str, str]) -> tuple[int, ...]:
-    if "delta" in keys:
-        return ()
-    return (*file.entries[keys["up"]].shape[:1], *file.entries[keys["down"]].shape[1:])
+def _matrix_parts(file: TensorFile, keys: Keys) -> Keys:
+    """Return the keys of a module without its alpha and what is of one dimension."""
+    vector = {"diff"} if _is_vector(file, keys) else set[str]()
+    return {role: key for role, key in keys.items() if role not in {"alpha", *VECTOR_ROLES} | vector}
 
 
-def _family(shapes: Mapping[Module, tuple[int, ...]], naming: str, base: Base | None) -> Family | None:
-    """Return the family whose layers fit best by name and size; that of `base` where none fits better."""
-
-    def fitting(find: Callable[[Module], list[Layer]]) -> int:
-        found = ((find(module), shape) for module, shape in shapes.items())
-        return sum(
-            len(layers) == 1 and (not shape or layers[0].matrix_shape == Layer("", shape).matrix_shape)
-            for layers, shape in found
-        )
-
-    widths = {shape[1] for (_, path), shape in shapes.items() if len(shape) > 1 and reads_text(path)}
-    if widths:
-        return next((f for f in families().values() if f.unet is not None and widths == {f.unet.context_dim}), None)
-    fits = {family: fitting(lambda module, f=family: _find(module, f, naming)) for family in families().values()}
-    best = max(fits, key=lambda family: fits[family])
-    if base is not None and naming != "indexed" and fitting(lambda module: base.layers.find(*module)) >= fits[best]:
-        return base.family
-    return best if fits[best] else None
+def _is_vector(file: TensorFile, keys: Mapping[str, str]) -> bool:
+    return "diff" in keys and len(file.entries[keys["diff"]].shape) == 1
 
 
 def _check_indexed(file: TensorFile) -> None:
@@ -136,47 +226,6 @@ def _check_indexed(file: TensorFile) -> None:
             raise FormatError("an indexed LoRA over layers of unknown order", got, fix)
 
 
-def _find(module: Module, family: Family, naming: str) -> list[Layer]:
-    component, path = module
-    if naming != "indexed":
-        return family.find(component, path)
-    order = indexed_layers(family, component)
-    return order[int(path) : int(path) + 1]
-
-
-def _resolve(module: Module, shape: tuple[int, ...], base: Base | None, family: Family | None, naming: str) -> Layer:
-    found = base.layers.find(*module) if base is not None and naming != "indexed" else []
-    if not found and family is not None:
-        found = _find(module, family, naming)
-    if len(found) != 1:
-        return Layer(".".join(module), shape)
-    layer = found[0]
-    if shape and layer.matrix_shape != Layer("", shape).matrix_shape:
-        return Layer(layer.name, shape, layer.original)
-    return layer
-
-
-def _problem(file: TensorFile, keys: Mapping[str, str], layer: Layer, seen: Mapping[str, AdapterLayer]) -> str | None:
-    if layer.name in seen:
-        return f"another key of the file means the same layer, {layer.name}"
-    if "delta" in keys:
-        shape = file.entries[keys["delta"]].shape
-        return None if len(shape) == 1 and shape[0] else "delta is not a vector of numbers"
-    up, down = file.entries[keys["up"]].shape, file.entries[keys["down"]].shape
-    if len(up) < 2 or len(down) < 2 or up[1] != down[0] or 0 in up + down or any(size != 1 for size in up[2:]):
-        return f"up {list(up)} and down {list(down)} are not two factors of one update"
-    if "alpha" in keys and file.entries[keys["alpha"]].shape not in ((), (1,)):
-        return "alpha is not a number"
-    return None
-
-
-def _finite(file: TensorFile, key: str) -> Tensor:
-    tensor = file.tensor(key)
-    if not bool(torch.isfinite(tensor.float()).all()):
-        raise NumericsError("an adapter holds NaN or Inf", f"{key} in {file.path}", "use a sound copy")
-    return tensor
-
-
 def _fingerprints(file: TensorFile) -> dict[str, str]:
     version = file.metadata.get("lorax_format_version")
     if version != LORA_X_VERSION:
@@ -186,28 +235,3 @@ def _fingerprints(file: TensorFile) -> dict[str, str]:
         return {str(name): str(value) for name, value in json.loads(file.metadata["fingerprints"]).items()}
     except (KeyError, ValueError, AttributeError) as error:
         raise FormatError("a LoRA-X file without fingerprints", str(file.path), "make it again") from error
-
-
-def _configured_alpha(file: TensorFile) -> Alpha:
-    """Find alpha where PEFT and diffusers keep it: in `adapter_config.json`, or in the metadata of the file."""
-    config: dict[str, Any] = {}
-    beside = Path(file.path).with_name("adapter_config.json")
-    text = file.metadata.get("lora_adapter_metadata") or (
-        beside.read_text(encoding="utf-8") if beside.is_file() else ""
-    )
-    try:
-        loaded: dict[str, Any] = json.loads(text) if text else {}
-        config = {key.removeprefix("unet."): value for key, value in loaded.items()}
-        pattern: dict[str, Any] = config.get("alpha_pattern") or {}
-        patterns = {key: float(value) for key, value in pattern.items()}
-        default = None if config.get("lora_alpha") is None else float(config["lora_alpha"])
-    except (ValueError, AttributeError, TypeError) as error:
-        raise FormatError(
-            "the adapter's configuration is not readable", f"{beside}", "mend it or take it away"
-        ) from error
-
-    def alpha(path: str, rank: int) -> float | None:
-        value = next((v for key, v in patterns.items() if re.fullmatch(rf"(.*\.)?({re.escape(key)})", path)), default)
-        return value if value is None or not config.get("use_rslora") else value * rank**0.5
-
-    return alpha

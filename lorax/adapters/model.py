@@ -1,135 +1,20 @@
-"""An adapter in memory: an update for each layer, as thin factors or as singular values."""
+"""An adapter in memory: an update for each layer, of any kind."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from ..base import Base
 from ..errors import MismatchError
 from ..families import Family
-from ..layers import Layer, reads_text
-from ..linalg import Subspace, decompose, norm
-
-
-@dataclass(frozen=True, slots=True)
-class LoraLayer:
-    """The update of one layer as two factors: `delta_weight = alpha / rank * lora_up @ lora_down`.
-
-    Attributes:
-        layer: The layer that it belongs to.
-        lora_up: `[m, k]`, or `[m, k, 1, 1]` for a convolution.
-        lora_down: `[k, n]`, or `[k, in, kh, kw]` for a convolution.
-        alpha: The numerator of the scale; None means a scale of 1.
-    """
-
-    layer: Layer
-    lora_up: Tensor
-    lora_down: Tensor
-    alpha: float | None = None
-
-    @property
-    def rank(self) -> int:
-        """The inner size `k`."""
-        return self.lora_down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """`alpha / rank`."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the factors."""
-        return self.lora_down.dtype
-
-    def factors(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """Return `B [m, k]` (the scale included) and `A [k, n]` in float32 on `device`: `delta_weight = B A`."""
-        B = self.lora_up.to(device, torch.float32).reshape(-1, self.rank) * self.scale
-        return B, self.lora_down.to(device, torch.float32).reshape(self.rank, -1)
-
-    def shaped(self, shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-        """Return `lora_up` and `lora_down` as programs expect them for a weight: 4D for a convolution.
-
-        Args:
-            shape: Shape of the weight; None takes that of `layer`.
-        """
-        shape = shape or self.layer.shape
-        up = self.lora_up.reshape(shape[0], self.rank, *[1] * len(shape[2:]))
-        return up, self.lora_down.reshape(self.rank, *shape[1:])
-
-    def norm(self) -> float:
-        """Return `||delta_weight||_F`, from the factors."""
-        return norm(*self.factors())
-
-    def delta_weight(self) -> Tensor:
-        """Return the dense update `[m, n]` in float32 (for inspection: the package itself never forms it)."""
-        B, A = self.factors()
-        return B @ A
-
-
-@dataclass(frozen=True, slots=True)
-class LoraXLayer:
-    """The update of one layer as a change of its singular values: `delta_weight = U diag(delta) Vh` (arXiv 2501.16559).
-
-    Attributes:
-        layer: The layer that it belongs to.
-        delta: `[r]`, one number for each leading singular pair of the source weight.
-        fingerprint: `Base.fingerprint` of the weight whose `U` and `Vh` are meant.
-    """
-
-    layer: Layer
-    delta: Tensor
-    fingerprint: str
-
-    @property
-    def rank(self) -> int:
-        """The number of singular values `r`."""
-        return self.delta.numel()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of `delta`."""
-        return self.delta.dtype
-
-    def norm(self) -> float:
-        """Return `||delta_weight||_F`, which is that of `delta`."""
-        return float(self.delta.double().norm())
-
-    def check_source(self, source: Base) -> None:
-        """Check that `source` holds the very weight that `delta` belongs to.
-
-        Raises:
-            MismatchError: It holds another one.
-        """
-        if source.fingerprint(self.layer.name) != self.fingerprint:
-            raise MismatchError(
-                "a LoRA-X adapter means nothing without its own source base",
-                f"{self.layer.name} differs in {source.name}",
-                "give the base that it was made for; if that is the target, swap source and target",
-            )
-
-    def factors(self, space: Subspace) -> tuple[Tensor, Tensor]:
-        """Return `B [m, k]`, `A [k, n]` with `B A = U diag(delta) Vh`; `k` counts the deltas that are not 0 (or is 1).
-
-        Args:
-            space: The decomposition of the source weight at this layer's rank.
-
-        Raises:
-            MismatchError: `space` has fewer directions than `delta`.
-        """
-        if space.rank < self.rank:
-            got = f"{self.layer.name}: {self.rank} deltas, rank {space.rank}"
-            raise MismatchError("the source weight has fewer directions than the adapter", got, "check the source base")
-        delta = self.delta.to(space.S.device, torch.float32)
-        used = delta.nonzero().flatten() if bool(delta.any()) else torch.zeros(1, dtype=torch.long, device=delta.device)
-        root = delta[used].abs().sqrt()
-        return space.U[:, used] * (root * delta[used].sign()), root[:, None] * space.Vh[used]
-
-
-AdapterLayer = LoraLayer | LoraXLayer
+from ..layers import reads_text
+from ..linalg import decompose
+from .diff import VectorLayer
+from .layer import AdapterLayer
+from .lora import LoraLayer as LoraLayer
+from .lora_x import LoraXLayer as LoraXLayer
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -139,7 +24,7 @@ class Adapter:
     Attributes:
         name: What to call it, such as its file name.
         family: The family of its base, or None where it is unknown.
-        naming: How its file spells the layers: `kohya`, `diffusers`, `peft`, `indexed` or `lora-x`.
+        naming: How its file spells the layers: `kohya`, `diffusers`, `original`, `peft`, `indexed` or `lora-x`.
         layers: The update of each layer, by layer name.
         unused: What else was in the file, key -> why it is not used.
         metadata: The file's own metadata.
@@ -156,8 +41,9 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """`lora`, `lora-x` or `mixed`."""
-        kinds = {"lora-x" if isinstance(layer, LoraXLayer) else "lora" for layer in self.layers.values()}
+        """The kind of its layers (see `AdapterLayer.kind`), or `mixed`; differences of vectors go with any."""
+        kinds = {layer.kind for layer in self.layers.values()}
+        kinds = kinds - {"vector"} or kinds
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
     @property
@@ -177,7 +63,7 @@ class Adapter:
         widths = {
             own.layer.matrix_shape[1]
             for own in self.layers.values()
-            if isinstance(own, LoraLayer) and reads_text(own.layer.path)
+            if len(own.layer.shape) > 1 and reads_text(own.layer.path)
         }
         if base.family.unet is not None and widths - {base.family.unet.context_dim}:
             made_for = self.family.label if self.family else f"a family of text width {min(widths)}"
@@ -189,30 +75,54 @@ class Adapter:
         layers: dict[str, AdapterLayer] = {}
         unused = dict(self.unused)
         for name, own in self.layers.items():
-            found = base.layers.find(own.layer.component, self.spellings.get(name, own.layer.path))
-            if len(found) == 1:
-                own = replace(own, layer=replace(found[0], shape=own.layer.shape or found[0].shape))
-            if own.layer.name in layers:
-                unused[name] = f"another layer of the adapter means the same, {own.layer.name}"
-            layers.setdefault(own.layer.name, own)
+            for placed in _placed(own, self.spellings.get(name, own.layer.path), base):
+                if placed.layer.name in layers:
+                    unused[name] = f"another layer of the adapter means the same, {placed.layer.name}"
+                layers.setdefault(placed.layer.name, placed)
         return replace(self, layers=layers, unused=unused, spellings={})
 
 
-def expand(layer: AdapterLayer, source: Base | None, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def _placed(own: AdapterLayer, spelling: str, base: Base) -> list[AdapterLayer]:
+    """Return a layer named as a base names it; the parts of a fused weight that was not cut yet, where it can be."""
+    table = base.vectors if isinstance(own, VectorLayer) else base.layers
+    found = table.find(own.layer.component, spelling)
+    if len(found) > 1:
+        found = [layer for layer in found if layer.name == own.layer.name] or found
+    if len(found) > 1:
+        rows = sum(layer.shape[0] for layer in found)
+        return [*((own.cut(found) if own.layer.shape[:1] == (rows,) else None) or [own])]
+    if not found:
+        return [own]
+    return [replace(own, layer=replace(found[0], shape=own.layer.shape or found[0].shape))]
+
+
+def expand(
+    layer: AdapterLayer, source: Base | None, device: str = "cpu", rank: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the update of any adapter layer as factors `B [m, k]`, `A [k, n]`, float32 on `device`.
 
     Args:
         layer: The adapter layer.
-        source: The base that it was made for; only a LoRA-X layer needs it.
+        source: The base that it was made for; needed where the update depends on the weight, as of a LoRA-X or DoRA.
         device: Where to compute.
+        rank: Of the factors of an update that is not thin, its leading singular triplets; None keeps all of it.
 
     Raises:
-        MismatchError: A LoRA-X layer without its own source base.
+        MismatchError: A layer that needs its own source base without it.
     """
-    if isinstance(layer, LoraLayer):
+    if layer.is_thin:
         return layer.factors(device)
-    if source is None or layer.layer.name not in source.layers:
-        got = f"{layer.layer.name} without it"
-        raise MismatchError("a LoRA-X layer needs its source base", got, "give the source base")
-    layer.check_source(source)
-    return layer.factors(decompose(source.weight(layer.layer.name, device), layer.rank))
+    name = layer.layer.name
+    weight = None
+    if layer.needs_weight:
+        if source is None or name not in source.layers:
+            got = f"{name} ({layer.kind}) without it"
+            raise MismatchError("a layer of this kind needs its source base", got, "give the source base")
+        if isinstance(layer, LoraXLayer):
+            layer.check_source(source)
+            return layer.expanded(decompose(source.weight(name, device), layer.rank))
+        weight = source.weight(name, device)
+    update = layer.delta_weight(weight).to(device)
+    space = decompose(update, rank or min(update.shape))
+    root = space.S.sqrt()
+    return space.U * root, root[:, None] * space.Vh

@@ -3,19 +3,25 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import NumericsError, OptionError
+from ..families import Family
+from ..layers import Layer
 from ..tensorfile import check_output, serialize, write_bytes
-from .keys import kohya_module
+from .diff import VectorLayer
+from .keys import is_fused, module_name
+from .layer import AdapterLayer, stacked
 from .load import LORA_X_VERSION
-from .model import Adapter, LoraLayer
+from .lora import LoraLayer, fuse
+from .lora_x import LoraXLayer
+from .model import Adapter
 
-NAMINGS = ("kohya", "diffusers", "keep")
+NAMINGS = ("kohya", "diffusers", "original", "keep")
 # Metadata that is false for a changed file: kohya's hashes of the content, diffusers' scales (folded in here), what the
 # indexed format says of its indices, and the LoRA-X fields, which are written anew.
 STALE = re.compile(
@@ -34,14 +40,17 @@ def save_adapter(
 ) -> None:
     """Write an adapter as safetensors, whole or not at all; the same adapter always gives the same bytes.
 
-    LoRA layers become `lora_down`, `lora_up`, `alpha` (kohya) or `lora_A`, `lora_B` with the scale folded into
-    `lora_B` (diffusers, whose default is a scale of 1). LoRA-X layers become `<layer>.delta`, their fingerprints stand
-    in the metadata.
+    Layers become what `AdapterLayer.tensors` says, in the spelling of kohya and LyCORIS. In the namings `diffusers` and
+    `original` a LoRA becomes `lora_A`, `lora_B` (`diffusers`: the scale folded into `lora_B`, as its default is 1).
+    Parts of a weight that the naming knows only fused are put together; where some are missing or do not go together,
+    each has the name that diffusers gives it. LoRA-X layers become `<layer>.delta`, their fingerprints stand in the
+    metadata.
 
     Args:
         adapter: The adapter.
         path: The file to write.
-        naming: `kohya`, `diffusers`, or `keep`: the input's, where it is one of the two, else kohya.
+        naming: `kohya`, `diffusers`, `original` (`diffusion_model...`), or `keep`: the input's, where it is one of
+            these, else kohya.
         dtype: The dtype to store; None keeps each layer's own.
         inputs: Files that must not be replaced.
         overwrite: Whether another file of this name may be replaced.
@@ -55,26 +64,20 @@ def save_adapter(
         raise OptionError("unknown naming", naming, f"choose one of {', '.join(NAMINGS)}")
     out = check_output(path, list(inputs))
     if naming == "keep":
-        naming = "diffusers" if adapter.naming in ("diffusers", "peft") else "kohya"
+        kept = {"peft": "diffusers"}.get(adapter.naming, adapter.naming)
+        naming = kept if kept in NAMINGS else "kohya"
     tensors: dict[str, Tensor] = {}
     fingerprints: dict[str, str] = {}
-    for layer in adapter.layers.values():
-        if not isinstance(layer, LoraLayer):
-            tensors[f"{layer.layer.name}.delta"] = layer.delta
+    for module, layer in _modules(adapter, naming):
+        if isinstance(layer, LoraXLayer):
             fingerprints[layer.layer.name] = layer.fingerprint
-            continue
-        store = dtype or layer.dtype
-        up, down = layer.shaped()
-        if naming == "kohya":
-            module = kohya_module(layer.layer, adapter.family)
-            alpha = layer.rank if layer.alpha is None else layer.alpha
-            parts = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(float(alpha))}
-        else:
-            module = layer.layer.name
-            scaled = up if layer.scale == 1 else (up.float() * layer.scale)
-            parts = {"lora_B.weight": scaled, "lora_A.weight": down}
-        for part, tensor in parts.items():
-            tensors[f"{module}.{part}"] = _cast(tensor, store, f"{module}.{part}")
+        for part, tensor in _parts(layer, naming).items():
+            key = f"{module}.{part}"
+            tensors[key] = tensor if dtype is None or part == "delta" else _cast(tensor, dtype, key)
+    for key in [key for key in tensors if key.endswith(".b_norm")]:
+        module = key.removesuffix(".b_norm")
+        if f"{module}.w_norm" not in tensors:  # ComfyUI reads b_norm beside w_norm only
+            tensors[f"{module}.diff_b"] = tensors.pop(key)
     header = {"format": "pt"} | {k: v for k, v in adapter.metadata.items() if not STALE.fullmatch(k) and v != "<embed>"}
     if fingerprints:
         header |= {
@@ -84,6 +87,63 @@ def save_adapter(
             "rank": str(max(adapter.ranks)),
         }
     write_bytes(out, serialize(tensors, header), overwrite=overwrite)
+
+
+def _modules(adapter: Adapter, naming: str) -> Iterator[tuple[str, AdapterLayer]]:
+    """Yield what is written, with the name of its module; parts of one fused weight together where they can be."""
+    family = adapter.family
+    fused: dict[str, list[AdapterLayer]] = {}
+    for layer in adapter.layers.values():
+        if isinstance(layer, VectorLayer):
+            yield module_name(_owner(layer.layer), family, naming), layer
+        elif isinstance(layer, LoraXLayer):
+            yield layer.layer.name, layer
+        elif is_fused(layer.layer, family, naming):
+            fused.setdefault(module_name(layer.layer, family, naming), []).append(layer)
+        else:
+            yield module_name(layer.layer, family, naming), layer
+    for module, parts in fused.items():
+        parts.sort(key=lambda part: part.layer.rows or (0, 0))
+        whole = _fused(parts, family)
+        if whole is None:
+            yield from ((part.layer.name, part) for part in parts)
+        else:
+            yield module, whole
+
+
+def _fused(parts: Sequence[AdapterLayer], family: Family | None) -> AdapterLayer | None:
+    """Return the update of a whole fused weight; None if not all of its parts are there, or they do not go together."""
+    first = parts[0].layer
+    expected = family.find(first.component, first.original) if family is not None else []
+    if [part.layer.name for part in parts] != [layer.name for layer in expected]:
+        return None
+    rows = sum(part.layer.shape[0] for part in parts)
+    layer = Layer(f"{first.component}.{first.original}", (rows, *first.shape[1:]), first.original)
+    loras = [part for part in parts if isinstance(part, LoraLayer)]
+    if len(loras) == len(parts) and len({part.kind for part in loras}) == 1:
+        return fuse(loras, layer)
+    return stacked(parts, layer)
+
+
+def _owner(parameter: Layer) -> Layer:
+    """Return the module of a one-dimensional parameter as a layer."""
+    path, original = (
+        text.removesuffix(".weight").removesuffix(".bias") for text in (parameter.name, parameter.original)
+    )
+    return Layer(path, parameter.shape, original)
+
+
+def _parts(layer: AdapterLayer, naming: str) -> dict[str, Tensor]:
+    """Return the tensors of a layer by what is written after `<module>.`."""
+    parts = layer.tensors()
+    if naming == "kohya" or not isinstance(layer, LoraLayer) or layer.lora_mid is not None:
+        return parts
+    up, down, alpha = parts.pop("lora_up.weight"), parts.pop("lora_down.weight"), parts.pop("alpha")
+    if naming == "original":
+        scale = {} if layer.scale == 1 else {"alpha": alpha}
+        return parts | scale | {"lora_B.weight": up, "lora_A.weight": down}
+    scaled = up if layer.scale == 1 else (up.float() * layer.scale).to(up.dtype)
+    return parts | {"lora_B.weight": scaled, "lora_A.weight": down}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:

@@ -1,0 +1,158 @@
+"""LoRA: two thin factors (arXiv 2106.09685); with a magnitude, DoRA (arXiv 2402.09353)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..layers import Layer
+from .dora import with_magnitude_of
+from .layer import AdapterLayer, Parts, Shape, Shapes, misfit, stacked
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraLayer(AdapterLayer):
+    """The update of one layer as two factors: `delta_weight = alpha / rank * lora_up @ lora_down`.
+
+    With `lora_mid` (LyCORIS, "tucker" or CP form of a convolution):
+    `delta_weight[i, j, y, x] = alpha / rank * sum_pq lora_up[i, p] lora_mid[p, q, y, x] lora_down[q, j]`.
+    With `dora_scale`: see `lorax.adapters.dora`.
+
+    Attributes:
+        lora_up: `[m, k]`, or `[m, k, 1, 1]` for a convolution.
+        lora_down: `[k, n]`, or `[k, in, kh, kw]` for a convolution (`[k, in, 1, 1]` with `lora_mid`).
+        alpha: The numerator of the scale; None means a scale of 1.
+        lora_mid: `[k, k, kh, kw]`, or None.
+        dora_scale: The magnitude, `[out, 1, ...]` or `[1, in, ...]`, or None.
+    """
+
+    KIND: ClassVar = "lora"
+    KEYS: ClassVar = {"lora_up": "lora_up.weight", "lora_down": "lora_down.weight", "lora_mid": "lora_mid.weight"}
+    REQUIRED: ClassVar = frozenset({"lora_up", "lora_down"})
+    OPTIONAL: ClassVar = frozenset({"lora_mid", "dora_scale"})
+
+    lora_up: Tensor
+    lora_down: Tensor
+    alpha: float | None = None
+    lora_mid: Tensor | None = None
+    dora_scale: Tensor | None = None
+
+    @classmethod
+    def shape_of(cls, shapes: Shapes) -> Shape:
+        """See the base."""
+        up, down, mid = shapes["lora_up"], shapes["lora_down"], shapes.get("lora_mid")
+        if len(up) < 2 or len(down) < 2 or up[1] != down[0] or any(size != 1 for size in up[2:]):
+            raise misfit(cls.KIND, shapes, "which are not two factors of one update")
+        if mid is None:
+            return up[0], *down[1:]
+        if len(mid) < 3 or mid[:2] != (up[1], up[1]) or any(size != 1 for size in down[2:]):
+            raise misfit(cls.KIND, shapes, "whose lora_mid does not fit between the factors")
+        return up[0], down[1], *mid[2:]
+
+    @property
+    def rank(self) -> int:
+        """The inner size `k`."""
+        return self.lora_down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether `factors` is all of the update: it is, unless there is a magnitude."""
+        return self.dora_scale is None
+
+    def factors(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """Return `B [m, k]` (the scale included) and `A [k, n]` in float32 on `device`: `delta_weight = B A`.
+
+        Of a DoRA they are the update of the direction, before the magnitude.
+        """
+        parts = {name: part.to(device, torch.float32) for name, part in self.parts().items()}
+        return self._factors(parts)
+
+    def _factors(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        down = parts["lora_down"].reshape(self.rank, -1)
+        if "lora_mid" in parts:
+            down = torch.einsum("pq...,qj->pj...", parts["lora_mid"], down).reshape(self.rank, -1)
+        return parts["lora_up"].reshape(-1, self.rank) * self.scale, down
+
+    def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
+        B, A = self._factors(parts)
+        return B @ A
+
+    def _stored_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    def shaped(self, shape: Shape | None = None) -> tuple[Tensor, Tensor]:
+        """Return `lora_up` and `lora_down` as programs expect them for a weight: 4D for a convolution.
+
+        Args:
+            shape: Shape of the weight; None takes that of `layer`.
+        """
+        shape = shape or self.layer.shape
+        up = self.lora_up.reshape(shape[0], self.rank, *[1] * len(shape[2:]))
+        inner = shape[1:] if self.lora_mid is None else (shape[1], *[1] * len(shape[2:]))
+        return up, self.lora_down.reshape(self.rank, *inner)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See the base; the factors of a convolution are 4D."""
+        up, down = self.shaped()
+        return AdapterLayer.tensors(replace(self, lora_up=up, lora_down=down))
+
+    def _row_axes(self) -> dict[str, int] | None:
+        per_output = self.dora_scale is None or self.dora_scale.shape[0] == self.lora_up.shape[0]
+        return {"lora_up": 0, "dora_scale": 0} if per_output else None
+
+    def with_magnitude_of(self, layer: Layer, source: Tensor, target: Tensor) -> "LoraLayer":
+        """Return a DoRA for another base: the same direction factors, the ratio of the magnitudes kept.
+
+        Args:
+            layer: The layer of the other base.
+            source: The weight that it was trained on, in the shape of `self.layer`.
+            target: The weight of the other base, of the same shape.
+        """
+        if self.dora_scale is None:
+            return self.moved(layer)
+        scale = with_magnitude_of(self.dora_scale, source.reshape(self.layer.shape), target.reshape(self.layer.shape))
+        return replace(self.moved(layer), dora_scale=scale)
+
+
+def fuse(parts: Sequence[LoraLayer], layer: Layer) -> LoraLayer:
+    """Put the updates of the row parts of one weight back together; the inverse of `LoraLayer.cut`.
+
+    Where all parts share `lora_down`, `lora_mid` and the scale, their `lora_up` are stacked. Else `lora_up` becomes
+    block diagonal and the rank the sum of theirs: exact too, but for the rounding of unequal scales into `lora_up`.
+
+    Args:
+        parts: The updates in the order of their rows. Without magnitude, or all with one per output.
+        layer: The fused layer.
+
+    Returns:
+        The update of the fused layer.
+    """
+    whole = stacked(parts, layer)
+    if isinstance(whole, LoraLayer):
+        return whole
+    flat = [_without_mid(part) for part in parts]
+    rank, scale = sum(part.rank for part in flat), flat[0].scale
+    equal = all(part.scale == scale for part in flat)
+    ups = [part.lora_up if equal else (part.lora_up.float() * part.scale).to(part.dtype) for part in flat]
+    scales = [part.dora_scale for part in parts if part.dora_scale is not None]
+    return LoraLayer(
+        layer,
+        torch.block_diag(*(up.reshape(up.shape[0], -1) for up in ups)),
+        torch.cat([part.lora_down.reshape(part.rank, -1) for part in flat]),
+        rank * scale if equal else float(rank),
+        dora_scale=torch.cat(scales) if scales else None,
+    )
+
+
+def _without_mid(part: LoraLayer) -> LoraLayer:
+    if part.lora_mid is None:
+        return part
+    _, down = part.factors()
+    return replace(part, lora_down=down.to(part.dtype), lora_mid=None)
