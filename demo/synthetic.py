@@ -12,6 +12,12 @@ from torch import Tensor
 
 from lorax.families import Family, TextEncoder
 
+# SSD-1B (arXiv 2401.02677): SDXL with more than half of its transformer blocks and the middle one taken out.
+SSD_1B = {
+    "depths_down": ((0, 0), (2, 2), (4, 4)),
+    "depths_up": ((4, 4, 10), (2, 1, 1), (0, 0, 0)),
+    "transformer_depth_middle": -1,
+}
 # Singular values of trained attention weights fall roughly like a power of their index; measured on the released
 # MiniLM and terrain models the exponent lies between 0.3 and 0.8.
 DECAY = 0.5

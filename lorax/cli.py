@@ -27,11 +27,12 @@ from .convert import convert_to_lora, convert_to_lora_x
 from .errors import LoraxError, OptionError, printable
 from .inspect import describe
 from .layers import Layer
+from .matching import load_assignment
 from .progress import Progress
 from .report import ARRIVED, WEAK, Outcome, Row, TransferReport, similarity_json
 from .similarity import Similarity, compare_bases
 from .tensorfile import check_output, write_bytes
-from .transfer import RANK, THRESHOLD, transfer_adapter
+from .transfer import LORA_RANK, RANK, THRESHOLD, transfer_adapter
 from .version import __version__
 
 app = typer.Typer(
@@ -68,6 +69,7 @@ class Naming(StrEnum):
     keep = "keep"
     kohya = "kohya"
     diffusers = "diffusers"
+    original = "original"
 
 
 class DType(StrEnum):
@@ -77,6 +79,22 @@ class DType(StrEnum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+
+
+class Matching(StrEnum):
+    """How blocks of the two bases are paired."""
+
+    auto = "auto"
+    by_name = "name"
+    in_order = "order"
+    argmax = "argmax"
+
+
+class Dora(StrEnum):
+    """How a DoRA is moved."""
+
+    direction = "direction"
+    dense = "dense"
 
 
 class Device(StrEnum):
@@ -171,6 +189,22 @@ def transfer(
     threshold: Annotated[
         float, typer.Option(help="A layer gets an update above this corrected similarity.")
     ] = THRESHOLD,
+    matching: Annotated[
+        Matching,
+        typer.Option(help="Pairing of blocks: auto goes by similarity, in order, where the bases differ in depth."),
+    ] = Matching.auto,
+    assignment_file: Annotated[
+        Path | None, typer.Option("--assignment", help="Take the pairs of blocks from this file (or report).")
+    ] = None,
+    save_assignment: Annotated[
+        Path | None, typer.Option(help="Write the pairs of blocks to this file, to look at, edit and give back.")
+    ] = None,
+    lora_rank: Annotated[
+        int, typer.Option(help="Rank of the LoRA that another kind of update becomes, if it cannot be copied.")
+    ] = LORA_RANK,
+    dora: Annotated[
+        Dora, typer.Option(help="Move a DoRA's direction and keep its magnitudes' ratio, or its dense update.")
+    ] = Dora.direction,
     output_format: Annotated[Format, typer.Option("--format", help="Form of the result.")] = Format.lora,
     naming: NamingOption = Naming.keep,
     dtype: DTypeOption = DType.keep,
@@ -181,7 +215,9 @@ def transfer(
 ) -> None:
     """Move an adapter from its source base to a target base."""
     base_s, base_t = open_base(source), open_base(target)
-    _check_outputs([output, report_file, png_file], base_s, base_t, adapter)
+    inputs = [adapter, *([assignment_file] if assignment_file else [])]
+    _check_outputs([output, report_file, png_file, save_assignment], base_s, base_t, *inputs)
+    assignment = load_assignment(assignment_file, base_s, base_t) if assignment_file else None
     loaded = load_adapter(adapter, base_s)
     with _bar("transferring") as progress:
         result, report = transfer_adapter(
@@ -190,7 +226,11 @@ def transfer(
             base_t,
             method=method.value,
             rank=rank,
+            lora_rank=lora_rank,
             threshold=threshold,
+            matching=matching.value,
+            assignment=assignment,
+            dora=dora.value,
             output_format=output_format.value,
             dtype=_dtype(dtype),
             device=_device(device),
@@ -200,6 +240,8 @@ def transfer(
     save_adapter(result, output, naming=naming.value)
     if report_file:
         write_bytes(report_file, json.dumps(report.to_json(), indent=1).encode())
+    if save_assignment:
+        write_bytes(save_assignment, json.dumps(report.assignment.to_json(), indent=1).encode())
     if png_file:
         write_bytes(png_file, _png(pictures.retained_picture(report)))
     _print_report(report)
@@ -265,6 +307,8 @@ def _print_report(report: TransferReport) -> None:
         similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])
         table.add_row(escape(printable(kind)), str(len(rows)), str(arrived), similar, kept)
     say.print(table)
+    for line in report.assignment.summary:
+        say.print(line, markup=False)
     say.print(report.summary)
     for row in report.rows:
         if row.outcome is Outcome.KEPT:

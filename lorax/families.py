@@ -82,6 +82,7 @@ class Family:
         lacks: Modules that they do not have.
         width: A module, and the input widths that it may have, where names alone do not tell.
         modules: Original module path -> the diffusers paths that it is, in row order; `*` for the number of the block.
+            Those of one name in both (`same` in the table) map to themselves.
         aliases: Further spellings of original modules, such as those that ComfyUI changes; as `modules`.
         rows: How the rows of a fused weight are shared where it is not as usual: `n` for the number of columns.
         ratio: Rows to a column that a weight must have for its diffusers name, where blocks differ in it.
@@ -218,11 +219,15 @@ class Family:
         places = {module: self._diffusers_of(module) for module in (*self.has, *self.lacks, self.width[0])}
         spelled = {self._diffusers_of(path) for path in shapes if _starred(path) in self.aliases}
 
-        def there(module: str) -> bool:
-            parts = places[module]
-            return module in shapes or (bool(parts) and (parts in spelled or all(part in shapes for part in parts)))
+        def original(module: str) -> bool:
+            return module in shapes or places[module] in spelled
 
-        if not all(map(there, self.has)) or any(map(there, self.lacks)):
+        def diffusers(module: str) -> bool:
+            return all(path in shapes for path in places[module] or (module,))
+
+        if not (all(map(original, self.has)) or all(map(diffusers, self.has))):
+            return False
+        if any(original(module) or diffusers(module) for module in self.lacks):
             return False
         if self.unet is not None:
             widths = {shape[1] for path, shape in shapes.items() if reads_text(path)}
@@ -327,7 +332,8 @@ def _family(name: str, entry: dict[str, Any]) -> Family:
         has=tuple(entry.get("has", ())),
         lacks=tuple(entry.get("lacks", ())),
         width=(width["module"], tuple(width["is"])) if width else ("", ()),
-        modules={k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("modules", {}).items()},
+        modules={path: (path,) for path in entry.get("same", ())}
+        | {k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("modules", {}).items()},
         aliases={k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("aliases", {}).items()},
         rows={k: tuple(v) for k, v in entry.get("rows", {}).items()},
         ratio=entry.get("ratio", {}),

@@ -40,7 +40,7 @@ def _base(path: Path) -> dict[str, Any]:
         "kind": "base",
         "file": base.name,
         "family": base.family.name,
-        "family_label": base.family.label,
+        "family_label": base.label,
         "naming": base.naming,
         "components": base.components,
         "parameters": base.parameters,

@@ -78,6 +78,23 @@ def norm(B: Tensor, A: Tensor) -> float:
     return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
 
+def refactor(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best factors of at most a given rank for a dense update (Eckart-Young).
+
+    Args:
+        update: `[m, n]`, float32.
+        rank: Fewer where the update has fewer; at least 1.
+
+    Returns:
+        `B [m, k]`, `A [k, n]`, the singular values shared evenly by both.
+    """
+    space = decompose(update, rank)
+    if not space.rank:
+        return update[:, :1] * 0, update[:1] * 0
+    root = space.S.sqrt()
+    return space.U * root, root[:, None] * space.Vh
+
+
 def recompress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the best factors of a given rank for `B A`, by two thin QR and a small SVD (Eckart-Young).
 
@@ -89,6 +106,8 @@ def recompress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Returns:
         `B' [m, rank]`, `A' [rank, n]` in the dtype of the input, the singular values shared evenly by both.
     """
+    if 2 * B.shape[1] > min(B.shape[0], A.shape[1]):
+        return refactor(B @ A, rank)
     left, R = torch.linalg.qr(B.double())
     right, L = torch.linalg.qr(A.double().T)
     U, S, Vh = torch.linalg.svd(R @ L.T, full_matrices=False)

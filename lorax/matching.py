@@ -55,9 +55,26 @@ class Assignment:
         component = self.components.get(parts[0], parts[0])
         return ".".join([component, *parts[1:]]) if component else ""
 
+    @property
+    def summary(self) -> list[str]:
+        """What is to be said of it: a line for the blocks that were not paired by name; nothing if all were."""
+        lines: list[str] = []
+        for way in ("similarity", "position", "file"):
+            found = [source for target, source in self.pairs.items() if self.ways.get(target) == way]
+            if found:
+                fed = sum(map(bool, found))
+                lines.append(f"paired by {way}: {fed} of {len(found)} blocks of the target get an update")
+        return lines
+
     def to_json(self) -> dict[str, object]:
         """Return it as plain data, to be saved, edited and fed back."""
-        return {"schema": ASSIGNMENT_SCHEMA, "schema_version": 1, "matching": self.matching, "pairs": dict(self.pairs)}
+        return {
+            "schema": ASSIGNMENT_SCHEMA,
+            "schema_version": 1,
+            "matching": self.matching,
+            "pairs": dict(self.pairs),
+            "ways": dict(self.ways),
+        }
 
 
 def load_assignment(path: Path, source: Base, target: Base) -> Assignment:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from .matching import Assignment
 from .similarity import Score, Similarity
 
 SCHEMA_VERSION = 1
@@ -25,6 +26,7 @@ class Outcome(StrEnum):
     NO_SOURCE_LAYER = "not in source"
     NO_TARGET_LAYER = "not in target"
     SHAPE_MISMATCH = "shape mismatch"
+    TWICE = "place taken"
 
 
 ARRIVED = (Outcome.TRANSFERRED, Outcome.KEPT)
@@ -99,6 +101,7 @@ class TransferReport:
     method: str
     rank: int
     threshold: float
+    assignment: Assignment
     rows: list[Row] = field(default_factory=list[Row])
     unused: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -185,6 +188,7 @@ class TransferReport:
             "method": self.method,
             "rank": self.rank,
             "threshold": self.threshold,
+            "assignment": self.assignment.to_json(),
             "layers": len(self.rows),
             "arrived": self.arrived,
             "outcomes": {str(outcome): count for outcome, count in self.outcomes.items()},

@@ -137,12 +137,13 @@ class UNetConfig:
         model_channels: Width of the first level.
         channel_mult: Width of each level, in multiples of `model_channels`.
         num_res_blocks: Residual blocks of a level on the way down (one more on the way up).
-        transformer_depth: Transformer blocks behind each residual block, by level; the last one also in the middle,
-            unless `transformer_depth_middle` says otherwise.
+        transformer_depth: Transformer blocks behind each residual block, by level.
         context_dim: Width of the text embedding.
         use_linear: Whether `proj_in` and `proj_out` are linear layers instead of 1x1 convolutions.
         adm_in_channels: Width of the pooled-text and size embedding; 0 where there is none.
-        transformer_depth_middle: Transformer blocks in the middle.
+        transformer_depth_middle: Transformer blocks in the middle; -1 where pruning left a single residual block there.
+        depths_down: For a pruned model, the transformer blocks behind each residual block on the way down, by level.
+        depths_up: The same on the way up, in its own order.
     """
 
     model_channels: int
@@ -153,6 +154,8 @@ class UNetConfig:
     transformer_depth_middle: int
     use_linear: bool = False
     adm_in_channels: int = 0
+    depths_down: tuple[tuple[int, ...], ...] = ()
+    depths_up: tuple[tuple[int, ...], ...] = ()
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Return every parameter in LDM naming (`input_blocks.0.0.weight`) with its shape."""
@@ -163,11 +166,12 @@ class UNetConfig:
                 shapes.add(f"{name}.2", 4 * channels, 4 * channels)
         shapes.add("input_blocks.0.0", channels, 4, 3, 3)
         skips, k = [channels], 0
-        levels = [
-            (channels * mult, depth) for mult, depth in zip(self.channel_mult, self.transformer_depth, strict=True)
-        ]
-        for level, (width, depth) in enumerate(levels):
-            for _ in range(self.num_res_blocks):
+        blocks = self.num_res_blocks
+        down = self.depths_down or tuple((depth,) * blocks for depth in self.transformer_depth)
+        up = self.depths_up or tuple((depth,) * (blocks + 1) for depth in reversed(self.transformer_depth))
+        levels = [channels * mult for mult in self.channel_mult]
+        for level, width in enumerate(levels):
+            for depth in down[level]:
                 k += 1
                 shapes.block(f"input_blocks.{k}", skips[-1], width, depth)
                 skips.append(width)
@@ -176,15 +180,16 @@ class UNetConfig:
                 shapes.add(f"input_blocks.{k}.0.op", width, width, 3, 3)
                 skips.append(width)
         width = skips[-1]
-        shapes.block("middle_block", width, width, self.transformer_depth_middle)
-        shapes.resnet("middle_block.2", width, width)
+        shapes.block("middle_block", width, width, max(self.transformer_depth_middle, 0))
+        if self.transformer_depth_middle >= 0:
+            shapes.resnet("middle_block.2", width, width)
         k = -1
-        for level, (outputs, depth) in reversed(list(enumerate(levels))):
-            for block in range(self.num_res_blocks + 1):
+        for level, outputs in reversed(list(enumerate(levels))):
+            for block, depth in enumerate(up[len(levels) - 1 - level]):
                 k += 1
                 shapes.block(f"output_blocks.{k}", width + skips.pop(), outputs, depth)
                 width = outputs
-                if level and block == self.num_res_blocks:
+                if level and block == blocks:
                     shapes.add(f"output_blocks.{k}.{2 if depth else 1}.conv", width, width, 3, 3)
         shapes.add("out.0", channels)
         shapes.add("out.2", 4, channels, 3, 3)

@@ -93,32 +93,13 @@ MODELS = {
     ),
     "hunyuan_video_15": ("HunyuanVideo15Transformer3DModel", HUNYUAN | {"image_embed_dim": 72}, ""),
 }
-SWAPPED = "shift and scale have changed places"
-ONE_NAME = "the original name is the same"
-# What the tables leave out, and why; the rest of a model's modules is in its table.
-LEFT_OUT = {
-    "sd3": {
-        "norm_out.linear": SWAPPED,
-        "transformer_blocks.2.norm1_context.linear": SWAPPED,
-        "context_embedder": ONE_NAME,
-    },
-    "flux": {"norm_out.linear": SWAPPED},
-    "flux2": {"norm_out.linear": SWAPPED},
-    "chroma": {"distilled_guidance_layer.in_proj": ONE_NAME, "distilled_guidance_layer.out_proj": ONE_NAME},
-    "anima": {},
-    "krea2": {},
-    "ltx": {"transformer_blocks": ONE_NAME, "caption_projection": ONE_NAME, "proj_out": ONE_NAME}
-    | {"audio_caption_projection": ONE_NAME, "audio_proj_out": ONE_NAME},
-    "lumina2": {"x_embedder": ONE_NAME},
-    "z_image": {
-        r"(\w+\.\d\.)?(feed_forward|adaLN_modulation)": ONE_NAME,
-        "t_embedder": ONE_NAME,
-        "cap_embedder": ONE_NAME,
-    },
-    "qwen_image": {"transformer_blocks|img_in|txt_in|time_text_embed|norm_out|proj_out": ONE_NAME},
-    "wan": {"patch_embedding|vace_patch_embedding": ONE_NAME},
-    "hunyuan_video": {"norm_out.linear": SWAPPED},
-    "hunyuan_video_15": {"norm_out.linear": SWAPPED},
+# What the tables leave out: shift and scale have changed places.
+SWAPPED = {
+    "sd3": {"norm_out.linear", "transformer_blocks.2.norm1_context.linear"},
+    "flux": {"norm_out.linear"},
+    "flux2": {"norm_out.linear"},
+    "hunyuan_video": {"norm_out.linear"},
+    "hunyuan_video_15": {"norm_out.linear"},
 }
 
 
@@ -161,15 +142,16 @@ def original_shapes(family, shapes, aliases=False):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layer_of_diffusers_is_in_the_table_or_has_a_reason(name):
+def test_every_layer_of_diffusers_is_in_the_table(name):
     family = families()[name.split()[0]]
     shapes = shapes_of(name)
-    assert recognise(shapes) is family
-    left_out = LEFT_OUT[family.name]
-    for layer in family.layers(shapes):
-        reason = next((why for path, why in left_out.items() if re.match(rf"({path})(\.|$)", layer.path)), None)
-        assert (layer.original != layer.path) == (reason is None), layer
-        assert layer.shape == shapes[layer.path]
+    assert [other for other in families().values() if other.fits(shapes)] == [family]
+    named = {path for paths in family.modules.values() for path in paths}
+    layers = family.layers(shapes)
+    star = re.compile(r"(?<=\.)\d+(?=\.)")
+    missing = {layer.path for layer in layers if not {layer.path, star.sub("*", layer.path, count=1)} & named}
+    assert missing == SWAPPED.get(family.name, set()) - {"transformer_blocks.2.norm1_context.linear"}
+    assert {layer.path: layer.shape for layer in layers}.items() <= shapes.items()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -193,7 +175,7 @@ def test_the_rows_are_those_that_diffusers_own_converter_takes(name):
     prefix = "net." if name == "anima" else ""
     file = {f"{prefix}{path}.weight": value + 10**6 * i for i, (path, value) in enumerate(rows.items())}
     converted = getattr(single_file, MODELS[name][2])(Checkpoint(file))
-    swapped = {path for path, why in LEFT_OUT[family.name].items() if why == SWAPPED}
+    swapped = SWAPPED.get(family.name, set())
     checked = set()
     for layer in family.layers(originals):
         if layer.path not in swapped:
@@ -305,7 +287,7 @@ def test_a_video_model_on_stable_diffusion_2_is_not_stable_diffusion_2():
 def test_lora_spellings_are_found_without_a_base(name):
     family = families()[name.split()[0]]
     for layer in family.layers(shapes_of(name)):
-        if layer.original == layer.path:
+        if layer.path in SWAPPED.get(family.name, ()):
             continue
         for path in (layer.path, layer.path.replace(".", "_")):
             assert [found.name for found in family.find("unet", path)] == [layer.name]
@@ -327,7 +309,29 @@ def test_aliases_mean_the_layers_of_the_original_module():
     assert spelled == {"single_blocks.7.linear1_qkv": [layer.name for layer in parts]}
 
 
-KNOWN = {"label", "component", "kohya", "has", "lacks", "width", "modules", "aliases", "rows", "ratio", "variants"}
+def test_a_checkpoint_that_comfyui_renames_has_the_same_layers():
+    family = families()["hunyuan_video"]
+    shapes = shapes_of("hunyuan_video")
+    renamed = original_shapes(family, shapes, aliases=True)
+    assert "double_blocks.0.img_attn_qkv" in renamed
+    assert recognise(renamed) is family
+    assert {layer.name for layer in family.layers(renamed)} == {layer.name for layer in family.layers(shapes)}
+
+
+KNOWN = {
+    "label",
+    "component",
+    "kohya",
+    "has",
+    "lacks",
+    "width",
+    "same",
+    "modules",
+    "aliases",
+    "rows",
+    "ratio",
+    "variants",
+}
 KNOWN |= {"text_encoders", "unet"}
 PATH = re.compile(r"[\w-]+(\.([\w-]+|\*))*")
 
@@ -342,7 +346,8 @@ def test_a_table_is_well_formed(file):
     assert table["kohya"] in ("original", "diffusers")
     assert ("unet" in table) != ("has" in table)
     modules, aliases = table.get("modules", {}), table.get("aliases", {})
-    paths = [path for parts in modules.values() for path in ([parts] if isinstance(parts, str) else parts)]
+    same = table.get("same", [])
+    paths = same + [path for parts in modules.values() for path in ([parts] if isinstance(parts, str) else parts)]
     assert len(paths) == len(set(paths))
     assert not set(modules) & (set(aliases) | set(paths))
     for original, parts in [*modules.items(), *aliases.items()]:
@@ -351,6 +356,7 @@ def test_a_table_is_well_formed(file):
             assert PATH.fullmatch(path)
             assert original.count("*") == path.count("*") <= 1
             assert path in paths
+    assert all(PATH.fullmatch(path) and path.count("*") <= 1 for path in same)
     for pattern in [*table.get("rows", {}), *table.get("ratio", {})]:
         assert pattern in modules
     for variant in table.get("variants", []):

@@ -89,7 +89,7 @@ def test_report_rows_tell_the_truth(bases, lora):
 def test_a_known_similarity_is_used_instead_of_comparing_again(bases, lora, monkeypatch):
     _, compared = transfer_adapter(lora, *bases)
     known = compare_bases(*bases, attention_only=False)
-    monkeypatch.setattr("lorax.transfer.pair_scores", None)
+    monkeypatch.setattr("lorax.move.pair_scores", None)
     _, report = transfer_adapter(lora, *bases, similarity=known)
     for row, other in zip(report.rows, compared.rows, strict=True):
         assert row.corrected == pytest.approx(other.corrected, abs=1e-6)
@@ -177,8 +177,15 @@ def test_layers_that_the_target_lacks_are_reported_and_strict_raises(bases, lora
     with pytest.raises(MismatchError, match="strict"):
         transfer_adapter(lora, source, pruned, strict=True)
     smaller = replace(source, layers=layers)
-    _, report = transfer_adapter(lora, smaller, target)
+    _, report = transfer_adapter(lora, smaller, pruned)
     assert report.outcomes[Outcome.NO_SOURCE_LAYER] == len(missing)
+
+
+def test_an_adapter_that_fits_the_target_and_not_the_source_is_not_mapped_twice(bases, lora):
+    source, target = bases
+    layers = lorax.LayerTable(layer for name, layer in source.layers.items() if "mid_block" not in name)
+    with pytest.raises(MismatchError, match="made for the target already"):
+        transfer_adapter(lora, replace(source, layers=layers), target)
 
 
 def test_another_width_is_aligned_and_marked(bases, lora, tmp_path):

@@ -1,0 +1,188 @@
+"""Moving the update of one layer to the layers of the target that it feeds."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import methods
+from .adapters import AdapterLayer, DiffLayer, LoraLayer, LoraXLayer, VectorLayer, expand
+from .adapters.dora import with_magnitude_of
+from .adapters.layer import with_magnitude, without_magnitude
+from .base import Base
+from .layers import Layer
+from .linalg import Subspace, decompose, recompress
+from .report import BOTH_RESIZED, Outcome, Row
+from .similarity import Score, pair_scores
+
+Move = tuple[Row, AdapterLayer | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Mover:
+    """What holds for every layer of a transfer; the options are those of `transfer_adapter`.
+
+    Attributes:
+        source: The base that the adapter was made for.
+        target: The base that it shall work on.
+        targets: Source layer (or norm, or bias) -> the target's that it feeds.
+        scores: Similarity of layer pairs that were compared already.
+    """
+
+    source: Base
+    target: Base
+    targets: Mapping[str, list[str]]
+    scores: Mapping[tuple[str, str], tuple[Score, Score]]
+    method: str
+    rank: int
+    lora_rank: int
+    threshold: float
+    dora: str
+    lora_x: bool
+    dtype: torch.dtype | None
+    device: str
+
+    def move(self, own: AdapterLayer) -> Iterator[Move]:
+        """Yield what becomes of one layer of an adapter: a row for each place where it arrives or does not."""
+        name = own.layer.name
+        if isinstance(own, VectorLayer):
+            yield from (self._vector(own, place) for place in self.targets.get(name) or [""])
+            return
+        parts = self.source.layers.find(own.layer.component, own.layer.original) if own.layer.original else []
+        if name not in self.source.layers and len(parts) > 1:
+            yield from self._whole(own, parts)
+        else:
+            yield from (self._layer(own, place) for place in self.targets.get(name) or [""])
+
+    def _vector(self, own: VectorLayer, place: str) -> Move:
+        """Copy the difference of a norm or bias onto the paired one."""
+        row = Row(own.layer.name, place, Outcome.TRANSFERRED, source_norm=own.norm())
+        if not place:
+            known = own.layer.name in self.source.vectors
+            return replace(row, outcome=Outcome.NO_TARGET_LAYER if known else Outcome.NO_SOURCE_LAYER), None
+        layer = self.target.vectors[place]
+        if layer.shape != own.layer.shape:
+            note = f"a norm or bias can only be copied, source {own.layer.shape[0]}, target {layer.shape[0]}"
+            return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
+        return replace(row, method="copy", target_norm=row.source_norm), own.moved(layer, self.dtype)
+
+    def _whole(self, own: AdapterLayer, parts: list[Layer]) -> Iterator[Move]:
+        """Move an update that its kind cannot cut, of a fused weight: copied, or made dense and then cut."""
+        weight = torch.cat([self.source.weight(part.name, self.device) for part in parts])
+        places = [self.target.layers[found[0]] for part in parts if (found := self.targets.get(part.name))]
+        if own.layer.matrix_shape != tuple(weight.shape):
+            note = f"adapter {own.layer.matrix_shape}, source {tuple(weight.shape)}"
+            yield Row(own.layer.name, "", Outcome.SHAPE_MISMATCH, note=note), None
+        elif self.method in ("auto", "copy") and not self.lora_x and self._alike(parts, places):
+            layer = Layer(f"{places[0].component}.{places[0].original}", own.layer.shape, places[0].original)
+            weight_t = torch.cat([self.target.weight(place.name, self.device) for place in places])
+            left, right = pair_scores(weight, weight_t)
+            row = Row(own.layer.name, layer.name, Outcome.TRANSFERRED, "copy", 0, left, right, own.norm(weight))
+            if row.corrected <= self.threshold:
+                yield replace(row, outcome=Outcome.BELOW_THRESHOLD, method=""), None
+            else:
+                moved = own.moved(layer, self.dtype)
+                yield replace(row, target_norm=moved.norm(weight_t)), moved
+        else:
+            pieces = own.delta_weight(weight).cpu().split([part.shape[0] for part in parts])
+            for part, piece in zip(parts, pieces, strict=True):
+                yield from self.move(DiffLayer(part, piece.reshape(part.shape)))
+
+    def _alike(self, parts: list[Layer], places: list[Layer]) -> bool:
+        """Return whether the places are all parts of one weight, as large as the parts of the source."""
+        whole = self.target.layers.find(places[0].component, places[0].original) if places else []
+        return whole == places and [part.shape for part in parts] == [place.shape for place in places]
+
+    def _layer(self, own: AdapterLayer, place: str) -> Move:
+        """Compare the two weights of a pair, and move the update."""
+        layer_s, layer_t = self.source.layers.get(own.layer.name), self.target.layers.get(place)
+        row = Row(own.layer.name, place, Outcome.TRANSFERRED)
+        fits = layer_s is not None and (not own.layer.shape or own.layer.matrix_shape == layer_s.matrix_shape)
+        weight_s = self.source.weight(own.layer.name, self.device) if fits else None
+        if fits or isinstance(own, LoraXLayer) or not own.needs_weight:
+            row = replace(row, source_norm=own.norm(weight_s))
+        if layer_s is None:
+            return replace(row, outcome=Outcome.NO_SOURCE_LAYER), None
+        if weight_s is None:
+            note = f"adapter {own.layer.matrix_shape}, source {layer_s.matrix_shape}"
+            return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
+        if layer_t is None:
+            return replace(row, outcome=Outcome.NO_TARGET_LAYER), None
+        sizes, sizes_t = layer_s.matrix_shape, layer_t.matrix_shape
+        method = _method(self.method, own, resized=sizes != sizes_t)
+        if method in ("copy", "project", "subspace-null") and sizes != sizes_t:
+            note = f"{method} needs equal sizes, source {sizes}, target {sizes_t}"
+            return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
+        weight_t = self.target.weight(place, self.device)
+        left, right = self.scores.get((layer_s.name, place)) or pair_scores(weight_s, weight_t)
+        row = replace(row, method=method, left=left, right=right)
+        if row.corrected <= self.threshold:
+            return replace(row, outcome=Outcome.BELOW_THRESHOLD), None
+        scale = own.parts().get("dora_scale")
+        if scale is None or self.dora == "dense" or self.lora_x or sizes != sizes_t:
+            result, rank, note = self._moved(own, method, (layer_s, weight_s), (layer_t, weight_t))
+        else:
+            plain = without_magnitude(own)
+            result, rank, note = self._moved(plain, method, (layer_s, weight_s), (layer_t, weight_t))
+            pair = weight_s.reshape(layer_s.shape), weight_t.reshape(layer_s.shape)
+            result = with_magnitude(result, with_magnitude_of(scale, *pair))
+        return replace(row, rank=rank, target_norm=result.norm(weight_t), note=note), result
+
+    def _moved(
+        self, own: AdapterLayer, method: str, pair_s: tuple[Layer, Tensor], pair_t: tuple[Layer, Tensor]
+    ) -> tuple[AdapterLayer, int, str]:
+        """Return the update on the target, the rank of the subspaces that were used, and what else to know."""
+        (layer_s, weight_s), (layer_t, weight_t) = pair_s, pair_t
+        as_it_is = not isinstance(own, LoraXLayer) and "dora_scale" not in own.parts()
+        if method == "copy" and as_it_is and not self.lora_x:
+            return own.moved(layer_t, self.dtype), 0, ""
+        B, A = expand(own, self.source, self.device)
+        note, rank = "", 0
+        if method != "copy" or self.lora_x:
+            space_t = decompose(weight_t, self.rank)
+            rank = space_t.rank
+            if method != "copy":
+                space_s = decompose(weight_s, self.rank) if method != "project" else space_t
+                B, A = _APPLY[method](B, A, space_s, space_t)
+                note = _note(layer_s, layer_t, space_t)
+            if self.lora_x:
+                delta = space_t.singular_change(B, A).cpu()
+                return LoraXLayer(layer_t, delta, self.target.fingerprint(layer_t.name)), rank, note
+        if not own.is_thin and not isinstance(own, LoraXLayer) and B.shape[1] > self.lora_rank:
+            B, A = recompress(B, A, self.lora_rank)
+            note = "; ".join(filter(None, (note, f"{own.kind} made a LoRA of rank {self.lora_rank}")))
+        return _like(own, layer_t, B, A, self.dtype), rank, note
+
+
+def _note(source: Layer, target: Layer, space: Subspace) -> str:
+    (m, n), (m_t, n_t) = source.matrix_shape, target.matrix_shape
+    if m != m_t and n != n_t:
+        return BOTH_RESIZED
+    whole = [side for side, size in (("output", m_t), ("input", n_t)) if space.rank == size]
+    return f"the subspace is all of the {' and the '.join(whole)} side: no projection there" if whole else ""
+
+
+def _method(wanted: str, own: AdapterLayer, *, resized: bool) -> str:
+    if wanted != "auto":
+        return wanted
+    if resized:
+        return "align"
+    return "project" if isinstance(own, LoraXLayer) else "copy"
+
+
+_APPLY: dict[str, Callable[[Tensor, Tensor, Subspace, Subspace], methods.Factors]] = {
+    "project": lambda B, A, s, t: methods.project(B, A, t),
+    "index": methods.index,
+    "align": methods.align,
+    "subspace-null": methods.subspace_null,
+}
+
+
+def _like(own: AdapterLayer, layer: Layer, B: Tensor, A: Tensor, dtype: torch.dtype | None) -> LoraLayer:
+    """Return factors as a LoRA layer with the alpha and the dtype of the layer that they came from."""
+    alpha = own.alpha if isinstance(own, LoraLayer) else None
+    scale = own.scale if isinstance(own, LoraLayer) and own.scale else 1.0
+    # Numbers that were computed anew would lose too much in the eight bits of an fp8 file.
+    dtype = dtype or (own.dtype if own.dtype.itemsize > 1 else torch.float16)
+    return LoraLayer(layer, (B / scale).to("cpu", dtype), A.to("cpu", dtype), alpha)
