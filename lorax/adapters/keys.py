@@ -46,7 +46,7 @@ PREFIXES = {
     "lora_unet__": ("unet", "kohya"),
     "lora_unet_": ("unet", "kohya"),
     "lora_transformer_": ("unet", "onetrainer"),
-    "lycoris_": ("unet", "onetrainer"),
+    "lycoris_": ("unet", "simpletuner"),
     "lora_te1_": ("text_encoder", "kohya"),
     "lora_te2_": ("text_encoder_2", "kohya"),
     "lora_te3_": ("t5xxl", "kohya"),
@@ -88,6 +88,10 @@ REASONS = (
         EMBEDDING,
     ),
 )
+
+
+# Namings that flatten diffusers paths -> the prefix of the main model.
+FLATTENED = {"onetrainer": "lora_transformer_", "simpletuner": "lycoris_"}
 
 
 class Key(NamedTuple):
@@ -156,12 +160,15 @@ def module_name(layer: Layer, family: Family | None, naming: str) -> str:
     Args:
         layer: The layer.
         family: The family of its base, None where it is unknown.
-        naming: `kohya` (`lora_unet_...`, `lora_te_...`), `original` (`diffusion_model....`) or `diffusers`.
+        naming: `kohya` (`lora_unet_...`, `lora_te_...`), `onetrainer` (`lora_transformer_...`), `simpletuner`
+            (`lycoris_...`), `original` (`diffusion_model....`) or `diffusers`.
     """
     encoder = next((e for e in family.text_encoders if e.component == layer.component), None) if family else None
     if naming == "diffusers" and not _is_whole(layer, family):
         return layer.name
-    if naming != "kohya":
+    if naming in FLATTENED and layer.is_main and not _is_whole(layer, family):
+        return FLATTENED[naming] + flatten(layer.path)
+    if naming in ("diffusers", "original"):
         prefix = "diffusion_model" if layer.is_main else f"text_encoders.{encoder.kind}.transformer" if encoder else ""
         return f"{prefix}.{layer.original or layer.path}" if prefix else layer.name
     if layer.is_main:
@@ -171,14 +178,21 @@ def module_name(layer: Layer, family: Family | None, naming: str) -> str:
 
 def is_fused(layer: Layer, family: Family | None, naming: str) -> bool:
     """Return whether a file in this naming knows the layer only as a part of a fused weight."""
-    return layer.rows is not None and (naming == "original" or (naming == "kohya" and _uses_original(layer, family)))
+    if naming != "original" and not (naming == "kohya" and _uses_original(layer, family)):
+        return False
+    return layer.rows is not None or (layer.path != layer.original and len(parts_of(layer, family)) > 1)
+
+
+def parts_of(layer: Layer, family: Family | None) -> list[str]:
+    """Return the names of all layers that lie in the original weight of a layer, in row order, as the family knows."""
+    if family is None or not layer.original:
+        return []
+    return [part.name for part in family.find(layer.component, layer.original)]
 
 
 def _is_whole(layer: Layer, family: Family | None) -> bool:
     """Return whether this is a fused weight as one layer, for which diffusers has no name."""
-    if family is None or not layer.original or layer.path != layer.original:
-        return False
-    return len(family.find(layer.component, layer.original)) > 1
+    return layer.path == layer.original and len(parts_of(layer, family)) > 1
 
 
 def _uses_original(layer: Layer, family: Family | None) -> bool:

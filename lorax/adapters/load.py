@@ -51,12 +51,13 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
         NumericsError: So, because of NaN or Inf.
     """
     file = TensorFile(path)
-    modules, naming, unused = _group(file)
+    modules, namings, unused = _group(file)
+    naming = Counter(namings.values()).most_common(1)[0][0] if namings else ""
     reading = _Reading(file, strict, unused)
     shapes = {module: shape for module, keys in modules.items() if (shape := reading.shape_of(keys)) is not None}
     if naming == "indexed":
         _check_indexed(file)
-    family = family_of(shapes, naming, base) or families().get(file.metadata.get("base_family", ""))
+    family = family_of(shapes, namings, base) or families().get(file.metadata.get("base_family", ""))
     config = peft_config(file)
     fingerprints = _fingerprints(file) if naming == "lora-x" else {}
     for module, keys in modules.items():
@@ -74,10 +75,10 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
     return Adapter(file.path.name, family, naming, layers, unused, file.metadata, reading.spellings)
 
 
-def _group(file: TensorFile) -> tuple[dict[Module, Keys], str, dict[str, str]]:
-    """Sort the keys into updates: for each module its keys by role, the file's naming, and the rest with a reason."""
+def _group(file: TensorFile) -> tuple[dict[Module, Keys], dict[Module, str], dict[str, str]]:
+    """Sort the keys into updates: for each module its keys by role and its naming, and the rest with a reason."""
     modules: dict[Module, Keys] = {}
-    namings: Counter[str] = Counter()
+    namings: dict[Module, str] = {}
     unused: dict[str, str] = {}
     for key in file.entries:
         parsed = parse(key)
@@ -89,8 +90,8 @@ def _group(file: TensorFile) -> tuple[dict[Module, Keys], str, dict[str, str]]:
             unused[key] = f"a second '{parsed.role}' for the same layer as {parts[parsed.role]}"
         else:
             parts[parsed.role] = key
-            namings[parsed.naming if parsed.role != "delta" else "lora-x"] += 1
-    return modules, namings.most_common(1)[0][0] if namings else "", unused
+            namings[parsed.component, parsed.path] = parsed.naming if parsed.role != "delta" else "lora-x"
+    return modules, namings, unused
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from ..base import Base
 from ..errors import MismatchError
 from ..families import Family
 from ..layers import reads_text
-from ..linalg import decompose
+from ..linalg import decompose, refactor
 from .diff import VectorLayer
 from .layer import AdapterLayer
 from .lora import LoraLayer as LoraLayer
@@ -24,8 +24,8 @@ class Adapter:
     Attributes:
         name: What to call it, such as its file name.
         family: The family of its base, or None where it is unknown.
-        naming: How its file spells the layers: `kohya`, `onetrainer` (diffusers paths flattened),
-            `diffusers`, `original`, `peft`, `indexed` or `lora-x`.
+        naming: How its file spells the layers: `kohya`, `onetrainer`, `simpletuner`, `diffusers`,
+            `original`, `peft`, `indexed` or `lora-x`.
         layers: The update of each layer, by layer name.
         unused: What else was in the file, key -> why it is not used.
         metadata: The file's own metadata.
@@ -124,6 +124,4 @@ def expand(
             return layer.expanded(decompose(source.weight(name, device), layer.rank))
         weight = source.weight(name, device)
     update = layer.delta_weight(weight).to(device)
-    space = decompose(update, rank or min(update.shape))
-    root = space.S.sqrt()
-    return space.U * root, root[:, None] * space.Vh
+    return refactor(update, rank or min(update.shape))

@@ -15,14 +15,14 @@ Module = tuple[str, str]
 PREFERRED = "flux"
 
 
-def family_of(shapes: Mapping[Module, Shape], naming: str, base: Base | None) -> Family | None:
+def family_of(shapes: Mapping[Module, Shape], namings: Mapping[Module, str], base: Base | None) -> Family | None:
     """Return the family whose layers fit best by name and size; that of `base` where none fits better."""
     widths = {shape[1] for (_, path), shape in shapes.items() if len(shape) > 1 and reads_text(path)}
     if widths:
         return next((f for f in families().values() if f.unet is not None and widths == {f.unet.context_dim}), None)
-    scores = {family: _score(shapes, naming, family) for family in families().values()}
+    scores = {family: _score(shapes, namings, family) for family in families().values()}
     best = max(scores, key=lambda family: scores[family])
-    if base is not None and naming != "indexed":
+    if base is not None and "indexed" not in namings.values():
         table, own = base.layers, base.family
         found = ((table.find(component_in(module[0], own), module[1]), shape) for module, shape in shapes.items())
         if sum(whole_fits(layers, shape) for layers, shape in found) >= scores[best][0]:
@@ -30,18 +30,19 @@ def family_of(shapes: Mapping[Module, Shape], naming: str, base: Base | None) ->
     return best if scores[best][0] else None
 
 
-def _score(shapes: Mapping[Module, Shape], naming: str, family: Family) -> tuple[int, int, bool]:
-    """Return how many modules are layers of a family, how many are spelled as its files in this naming spell them."""
+def _score(shapes: Mapping[Module, Shape], namings: Mapping[Module, str], family: Family) -> tuple[int, int, bool]:
+    """Return how many modules are layers of a family, how many are spelled as its files spell them."""
     fitting = spelled = 0
-    original = naming == "original" or (naming == "kohya" and family.kohya == "original")
     for module, shape in shapes.items():
+        naming = namings[module]
         layers = layers_of(module, shape, family, naming)
         if whole_fits(layers, shape):
+            original = naming == "original" or (naming == "kohya" and family.kohya == "original")
             path = (original and layers[0].original) or layers[0].path
-            fitting += 1
-            spelled += flatten(path) in (flatten(module[1]), flatten(module[1]) + "_0")
-    if naming == "kohya" and family.unet is None:
-        fitting = spelled  # kohya's files of transformers have no second spelling; other families' names are like it
+            is_spelled = flatten(path) in (flatten(module[1]), flatten(module[1]) + "_0")
+            # Kohya's files of transformers have no second spelling, but other families' names are like it.
+            fitting += is_spelled or naming != "kohya" or family.unet is not None or module[0] not in MAIN
+            spelled += is_spelled
     return fitting, spelled, family.name == PREFERRED
 
 

@@ -14,7 +14,7 @@ from ..families import Family
 from ..layers import Layer
 from ..tensorfile import check_output, serialize, write_bytes
 from .diff import VectorLayer
-from .keys import is_fused, module_name
+from .keys import FLATTENED, is_fused, module_name, parts_of
 from .layer import AdapterLayer, stacked
 from .load import LORA_X_VERSION
 from .lora import LoraLayer, fuse
@@ -65,7 +65,7 @@ def save_adapter(
     out = check_output(path, list(inputs))
     if naming == "keep":
         kept = {"peft": "diffusers"}.get(adapter.naming, adapter.naming)
-        naming = kept if kept in NAMINGS else "kohya"
+        naming = kept if kept in (*NAMINGS, *FLATTENED) else "kohya"
     tensors: dict[str, Tensor] = {}
     fingerprints: dict[str, str] = {}
     for module, layer in _modules(adapter, naming):
@@ -92,19 +92,17 @@ def save_adapter(
 def _modules(adapter: Adapter, naming: str) -> Iterator[tuple[str, AdapterLayer]]:
     """Yield what is written, with the name of its module; parts of one fused weight together where they can be."""
     family = adapter.family
-    fused: dict[str, list[AdapterLayer]] = {}
+    modules: dict[str, list[AdapterLayer]] = {}
     for layer in adapter.layers.values():
         if isinstance(layer, VectorLayer):
             yield module_name(_owner(layer.layer), family, naming), layer
         elif isinstance(layer, LoraXLayer):
             yield layer.layer.name, layer
-        elif is_fused(layer.layer, family, naming):
-            fused.setdefault(module_name(layer.layer, family, naming), []).append(layer)
         else:
-            yield module_name(layer.layer, family, naming), layer
-    for module, parts in fused.items():
-        parts.sort(key=lambda part: part.layer.rows or (0, 0))
-        whole = _fused(parts, family)
+            modules.setdefault(module_name(layer.layer, family, naming), []).append(layer)
+    for module, parts in modules.items():
+        alone = len(parts) == 1 and not is_fused(parts[0].layer, family, naming)
+        whole = parts[0] if alone else _fused(parts, family)
         if whole is None:
             yield from ((part.layer.name, part) for part in parts)
         else:
@@ -114,11 +112,10 @@ def _modules(adapter: Adapter, naming: str) -> Iterator[tuple[str, AdapterLayer]
 def _fused(parts: Sequence[AdapterLayer], family: Family | None) -> AdapterLayer | None:
     """Return the update of a whole fused weight; None if not all of its parts are there, or they do not go together."""
     first = parts[0].layer
-    expected = family.find(first.component, first.original) if family is not None else []
-    if [part.layer.name for part in parts] != [layer.name for layer in expected]:
+    expected = parts_of(first, family)
+    if {part.layer.name for part in parts} != set(expected) or not all(part.is_divisible for part in parts):
         return None
-    if not all(part.is_divisible for part in parts):
-        return None
+    parts = sorted(parts, key=lambda part: expected.index(part.layer.name))
     rows = sum(part.layer.shape[0] for part in parts)
     layer = Layer(f"{first.component}.{first.original}", (rows, *first.shape[1:]), first.original)
     loras = [part for part in parts if isinstance(part, LoraLayer)]
@@ -138,7 +135,7 @@ def _owner(parameter: Layer) -> Layer:
 def _parts(layer: AdapterLayer, naming: str) -> dict[str, Tensor]:
     """Return the tensors of a layer by what is written after `<module>.`."""
     parts = layer.tensors()
-    if naming == "kohya" or not isinstance(layer, LoraLayer) or layer.lora_mid is not None:
+    if naming not in ("diffusers", "original") or not isinstance(layer, LoraLayer) or layer.lora_mid is not None:
         return parts
     up, down, alpha = parts.pop("lora_up.weight"), parts.pop("lora_down.weight"), parts.pop("alpha")
     if naming == "original":

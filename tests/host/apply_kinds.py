@@ -2,8 +2,8 @@
 
     python apply_kinds.py FOLDER
 
-FOLDER holds `base.safetensors` (the weight of each module, by its name) and adapter files. Writes `applied.safetensors`:
-for each adapter file and parameter that it changed, `<file>:<parameter>`, the new weight; and prints what was not loaded.
+FOLDER holds `base.safetensors` (every parameter by its name) and adapter files, `<case>.adapter.safetensors`. Writes
+`applied.safetensors`: for each file and parameter that it changes the new values, `<case>:<parameter>`.
 """
 
 import os
