@@ -292,3 +292,15 @@ def magnitude_shape(scale: Shape, weight: Shape) -> Shape | None:
     if scale[:2] == (1, weight[1]) and size == weight[1]:
         return (1, size, *tail)
     return (size, 1, *tail) if size == weight[0] and max(scale) == size else None
+
+
+def without_magnitude(own: AdapterLayer) -> AdapterLayer:
+    """Return an update without its `dora_scale`: that of the direction."""
+    changes: dict[str, Any] = {"dora_scale": None}
+    return replace(own, **changes)
+
+
+def with_magnitude(own: AdapterLayer, dora_scale: Tensor) -> AdapterLayer:
+    """Return an update with a `dora_scale`, in the dtype of the update."""
+    changes: dict[str, Any] = {"dora_scale": dora_scale.to("cpu", own.dtype)}
+    return replace(own, **changes)

@@ -10,7 +10,7 @@ from ..base import Base
 from ..errors import MismatchError
 from ..families import Family
 from ..layers import reads_text
-from ..linalg import decompose
+from ..linalg import decompose, refactor
 from .diff import VectorLayer
 from .layer import AdapterLayer
 from .lora import LoraLayer as LoraLayer
@@ -123,6 +123,4 @@ def expand(
             return layer.expanded(decompose(source.weight(name, device), layer.rank))
         weight = source.weight(name, device)
     update = layer.delta_weight(weight).to(device)
-    space = decompose(update, rank or min(update.shape))
-    root = space.S.sqrt()
-    return space.U * root, root[:, None] * space.Vh
+    return refactor(update, rank or min(update.shape))

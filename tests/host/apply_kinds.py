@@ -2,8 +2,9 @@
 
     python apply_kinds.py FOLDER
 
-FOLDER holds `base.safetensors` (the weight of each module, by its name) and adapter files. Writes `applied.safetensors`:
-for each adapter file and parameter that it changed, `<file>:<parameter>`, the new weight; and prints what was not loaded.
+FOLDER holds `base.safetensors` (the weight of each module, by its name) and adapter files. Writes
+`applied.safetensors`: for each adapter file and parameter that it changed, `<file>:<parameter>`, the new weight; and
+prints what was not loaded.
 """
 
 import os

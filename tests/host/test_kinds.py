@@ -196,7 +196,7 @@ def knows(host, own):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_host_applies_our_update(host, case):
-    name, folder, applied = host
+    name, _, applied = host
     own = CASES[case]
     if not knows(name, own):
         pytest.skip(f"{name} knows no {own.kind}")
