@@ -45,8 +45,8 @@ ENCODER_KINDS = ("clip_l", "clip_g", "clip_h", "t5xxl")
 PREFIXES = {
     "lora_unet__": ("unet", "kohya"),
     "lora_unet_": ("unet", "kohya"),
-    "lora_transformer_": ("unet", "kohya"),
-    "lycoris_": ("unet", "kohya"),
+    "lora_transformer_": ("unet", "onetrainer"),
+    "lycoris_": ("unet", "onetrainer"),
     "lora_te1_": ("text_encoder", "kohya"),
     "lora_te2_": ("text_encoder_2", "kohya"),
     "lora_te3_": ("t5xxl", "kohya"),
@@ -74,7 +74,7 @@ XLABS = {
 INPUT_SIDE = "a rotation of PEFT, of the inputs and by settings that the file does not hold: merge it with PEFT first"
 EMBEDDING = "a textual-inversion vector: a LoRA file has no place for it, keep the original beside the result"
 REASONS = (
-    (r"\.set_weight$", "it replaces a weight: that is no update of one"),
+    (r"\.set_weight$|\.(query|key)_norm\.scale$", "it replaces a weight: that is no update of one"),
     (r"\.b?oft_[RS](\.|$)|\.boft_s(\.|$)", INPUT_SIDE),
     (
         r"\.lora_embedding_[AB](\.|$)|\.token_emb",
@@ -159,9 +159,9 @@ def module_name(layer: Layer, family: Family | None, naming: str) -> str:
         naming: `kohya` (`lora_unet_...`, `lora_te_...`), `original` (`diffusion_model....`) or `diffusers`.
     """
     encoder = next((e for e in family.text_encoders if e.component == layer.component), None) if family else None
-    if naming == "diffusers":
+    if naming == "diffusers" and not _is_whole(layer, family):
         return layer.name
-    if naming == "original":
+    if naming != "kohya":
         prefix = "diffusion_model" if layer.is_main else f"text_encoders.{encoder.kind}.transformer" if encoder else ""
         return f"{prefix}.{layer.original or layer.path}" if prefix else layer.name
     if layer.is_main:
@@ -172,6 +172,13 @@ def module_name(layer: Layer, family: Family | None, naming: str) -> str:
 def is_fused(layer: Layer, family: Family | None, naming: str) -> bool:
     """Return whether a file in this naming knows the layer only as a part of a fused weight."""
     return layer.rows is not None and (naming == "original" or (naming == "kohya" and _uses_original(layer, family)))
+
+
+def _is_whole(layer: Layer, family: Family | None) -> bool:
+    """Return whether this is a fused weight as one layer, for which diffusers has no name."""
+    if family is None or not layer.original or layer.path != layer.original:
+        return False
+    return len(family.find(layer.component, layer.original)) > 1
 
 
 def _uses_original(layer: Layer, family: Family | None) -> bool:

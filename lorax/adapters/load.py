@@ -150,7 +150,7 @@ class _Reading:
             diff = self._finite(key)
             layer = vector_place(module, parameter, diff.numel(), base, family)
             if role == "lora_bias":  # PEFT scales it as it scales the update
-                rank = self.file.entries[keys["lora_down"]].shape[0] if "lora_down" in keys else 0
+                rank = math.prod(self.file.entries[keys["lora_down"]].shape[:1]) if "lora_down" in keys else 0
                 alpha = self._alpha(keys, module[1], rank, config) if rank else None
                 diff = diff if alpha is None or alpha == rank else (diff.float() * alpha / rank).to(diff.dtype)
             own = VectorLayer.read(layer, {"diff": diff})

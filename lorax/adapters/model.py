@@ -24,7 +24,8 @@ class Adapter:
     Attributes:
         name: What to call it, such as its file name.
         family: The family of its base, or None where it is unknown.
-        naming: How its file spells the layers: `kohya`, `diffusers`, `original`, `peft`, `indexed` or `lora-x`.
+        naming: How its file spells the layers: `kohya`, `onetrainer` (diffusers paths flattened),
+            `diffusers`, `original`, `peft`, `indexed` or `lora-x`.
         layers: The update of each layer, by layer name.
         unused: What else was in the file, key -> why it is not used.
         metadata: The file's own metadata.

@@ -1,37 +1,48 @@
 """Which layers the modules of an adapter file mean, and which family it was made for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ..base import Base
 from ..families import Family, families
-from ..layers import MAIN, Layer, LayerTable, reads_text
+from ..layers import MAIN, Layer, LayerTable, flatten, reads_text
 from .keys import ENCODER_KINDS, indexed_layers
 from .layer import Shape, fits
 
 # component and module path, as a key spells them
 Module = tuple[str, str]
+# Chroma's blocks have the names and sizes of those of FLUX.1, for which there are far more adapters.
+PREFERRED = "flux"
 
 
 def family_of(shapes: Mapping[Module, Shape], naming: str, base: Base | None) -> Family | None:
     """Return the family whose layers fit best by name and size; that of `base` where none fits better."""
-
-    def fitting(find: Callable[[Module, Shape], list[Layer]]) -> int:
-        return sum(whole_fits(find(module, shape), shape) for module, shape in shapes.items())
-
     widths = {shape[1] for (_, path), shape in shapes.items() if len(shape) > 1 and reads_text(path)}
     if widths:
         return next((f for f in families().values() if f.unet is not None and widths == {f.unet.context_dim}), None)
-    found = {
-        family: fitting(lambda module, shape, f=family: layers_of(module, shape, f, naming))
-        for family in families().values()
-    }
-    best = max(found, key=lambda family: found[family])
+    scores = {family: _score(shapes, naming, family) for family in families().values()}
+    best = max(scores, key=lambda family: scores[family])
     if base is not None and naming != "indexed":
         table, own = base.layers, base.family
-        if fitting(lambda module, _: table.find(component_in(module[0], own), module[1])) >= found[best]:
+        found = ((table.find(component_in(module[0], own), module[1]), shape) for module, shape in shapes.items())
+        if sum(whole_fits(layers, shape) for layers, shape in found) >= scores[best][0]:
             return own
-    return best if found[best] else None
+    return best if scores[best][0] else None
+
+
+def _score(shapes: Mapping[Module, Shape], naming: str, family: Family) -> tuple[int, int, bool]:
+    """Return how many modules are layers of a family, how many are spelled as its files in this naming spell them."""
+    fitting = spelled = 0
+    original = naming == "original" or (naming == "kohya" and family.kohya == "original")
+    for module, shape in shapes.items():
+        layers = layers_of(module, shape, family, naming)
+        if whole_fits(layers, shape):
+            path = (original and layers[0].original) or layers[0].path
+            fitting += 1
+            spelled += flatten(path) in (flatten(module[1]), flatten(module[1]) + "_0")
+    if naming == "kohya" and family.unet is None:
+        fitting = spelled  # kohya's files of transformers have no second spelling; other families' names are like it
+    return fitting, spelled, family.name == PREFERRED
 
 
 def layers_of(module: Module, shape: Shape, family: Family, naming: str) -> list[Layer]:

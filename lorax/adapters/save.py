@@ -117,6 +117,8 @@ def _fused(parts: Sequence[AdapterLayer], family: Family | None) -> AdapterLayer
     expected = family.find(first.component, first.original) if family is not None else []
     if [part.layer.name for part in parts] != [layer.name for layer in expected]:
         return None
+    if not all(part.is_divisible for part in parts):
+        return None
     rows = sum(part.layer.shape[0] for part in parts)
     layer = Layer(f"{first.component}.{first.original}", (rows, *first.shape[1:]), first.original)
     loras = [part for part in parts if isinstance(part, LoraLayer)]
