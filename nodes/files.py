@@ -98,9 +98,10 @@ class LoraXSave(io.ComfyNode):
         """Write it."""
         if form not in FORMS:
             raise OptionError("unknown form of file", str(form), f"choose one of {'; '.join(FORMS)}")
-        wanted = "lora-x" if form == FORMS[2] else "lora"
-        if adapter.kind != wanted:
-            adapter = _in_form(adapter, wanted, model)
+        if form == FORMS[2] and adapter.kind != "lora-x":
+            raise OptionError("this adapter is not a LoRA-X", adapter.name, "put Convert to LoRA-X before this node")
+        if form != FORMS[2] and any(isinstance(layer, LoraXLayer) for layer in adapter.layers.values()):
+            adapter = _expanded(adapter, model)
         naming = "diffusers" if form == FORMS[1] else "kohya"
         path, name = host.free_path(folder, filename_prefix)
         save_adapter(adapter, path, naming=naming, overwrite=False)
@@ -108,9 +109,7 @@ class LoraXSave(io.ComfyNode):
         return io.NodeOutput(path, ui=ui.PreviewText(name))
 
 
-def _in_form(adapter: Adapter, wanted: str, model: object) -> Adapter:
-    if wanted == "lora-x":
-        raise OptionError("this adapter is not a LoRA-X", adapter.name, "put Convert to LoRA-X before this node")
+def _expanded(adapter: Adapter, model: object) -> Adapter:
     if model is None:
         raise OptionError("a LoRA-X needs its base model to become a LoRA", adapter.name, "connect the model input")
     base = host.open_model(model)

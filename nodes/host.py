@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..lorax.adapters import Adapter, LoraLayer
+from ..lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
 from ..lorax.base import Base, loaded_base
 from ..lorax.errors import FormatError, MismatchError, OutputError
 from ..lorax.layers import Layer
@@ -29,6 +29,9 @@ SPELLED = re.compile(
     r"^(lora_unet_|lora_transformer_|lycoris_|diffusion_model\.|transformer\.|unet\.|base_model\.model\.)"
 )
 
+# A parameter of the host's model; with (dimension, start, length) for a part of it.
+Key = str | tuple[str, tuple[int, int, int]]
+REPORT = "report this with the ComfyUI version"
 Result = TypeVar("Result")
 
 
@@ -85,7 +88,7 @@ def open_model(model: Any, clip: Any = None) -> Base:
     return base
 
 
-def model_key(base: Base, layer: Layer) -> str | tuple[str, tuple[int, int, int]]:
+def model_key(base: Base, layer: Layer) -> Key:
     """Return the name of a layer's weight in the host's MODEL or CLIP; with (dimension, start, length) for a part."""
     if not layer.is_main:
         kind = next(encoder.kind for encoder in base.family.text_encoders if encoder.component == layer.component)
@@ -130,7 +133,7 @@ def apply_adapter(model: Any, clip: Any, adapter: Adapter, strength: float) -> t
     Args:
         model: MODEL.
         clip: CLIP or None.
-        adapter: LoRA layers.
+        adapter: Layers of any kind but LoRA-X, which must be expanded before.
         strength: Factor of the update.
 
     Returns:
@@ -140,25 +143,22 @@ def apply_adapter(model: Any, clip: Any, adapter: Adapter, strength: float) -> t
         MismatchError: Not one layer found its place.
     """
     base = open_model(model, clip)
-    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text": {}}
-    keys: dict[str, dict[str, str]] = {"unet": {}, "text": {}}
+    tensors: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+    keys: dict[bool, dict[str, Key]] = {True: {}, False: {}}
     missing: list[str] = []
     for name, own in adapter.resolved(base).layers.items():
-        layer = base.layers.get(name)
-        if layer is None or not isinstance(own, LoraLayer) or own.layer.matrix_shape != layer.matrix_shape:
+        key = _patched_key(base, own)
+        if key is None:
             missing.append(name)
             continue
-        part = "unet" if layer.component == "unet" else "text"
-        keys[part][name] = model_key(layer)
-        up, down = own.shaped(layer.shape)
-        parts[part] |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
-        if own.alpha is not None:
-            parts[part][f"{name}.alpha"] = torch.tensor(own.alpha)
+        keys[own.layer.is_main][name] = key
+        parts = _known(own).tensors()
+        tensors[own.layer.is_main] |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     patched = model.clone()
-    done = _patch(patched, parts["unet"], keys["unet"], strength)
+    done = _patch(patched, tensors[True], keys[True], strength)
     patched_clip = clip.clone() if clip is not None else None
     if patched_clip is not None:
-        done += _patch(patched_clip, parts["text"], keys["text"], strength)
+        done += _patch(patched_clip, tensors[False], keys[False], strength)
     if not done:
         first = next(iter(adapter.layers), "nothing")
         got = f"{adapter.name} with layers such as {first} on {base.name} ({base.family.label})"
@@ -166,13 +166,35 @@ def apply_adapter(model: Any, clip: Any, adapter: Adapter, strength: float) -> t
     return patched, patched_clip, missing
 
 
-def _patch(target: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, str], strength: float) -> int:
+def _patched_key(base: Base, own: AdapterLayer) -> Key | None:
+    """Return the weight that a layer updates, or the weight beside the norm or bias; None if it has no place."""
+    name, shape = own.layer.name, own.layer.shape
+    if isinstance(own, LoraXLayer):
+        return None
+    if isinstance(own, VectorLayer):
+        vector = base.vectors.get(name)
+        return f"{UNET}{vector.original.rpartition('.')[0]}.weight" if vector and vector.shape == shape else None
+    layer = base.layers.get(name)
+    if layer is not None:
+        return model_key(base, layer) if layer.matrix_shape == own.layer.matrix_shape else None
+    parts = base.layers.find(own.layer.component, own.layer.original) if own.layer.original else []
+    return f"{UNET}{own.layer.original}.weight" if sum(part.shape[0] for part in parts) == shape[0] else None
+
+
+def _known(own: AdapterLayer) -> AdapterLayer:
+    """Return an update as one of a kind that the host knows: FouRA as the LoRA that it is."""
+    return LoraLayer(own.layer, *own.factors()) if isinstance(own, FouraLayer) else own
+
+
+def _patch(target: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, Key], strength: float) -> int:
     if not keys:
         return 0
     patches = comfy.lora.load_lora(dict(tensors), dict(keys))
     applied = set(target.add_patches(patches, strength))
-    if lost := set(keys.values()) - applied:
-        raise MismatchError("the host did not take a patch", sorted(lost)[0], "report this with the ComfyUI version")
+    if lost := set(patches) - applied:
+        raise MismatchError("the host did not take a patch", str(sorted(map(str, lost))[0]), REPORT)
+    if len(patches) < len(keys):
+        raise MismatchError("the host did not read an update", f"{len(keys) - len(patches)} of {len(keys)}", REPORT)
     return len(applied)
 
 

@@ -5,10 +5,11 @@ from weakref import WeakKeyDictionary, ref
 
 from ..lorax.adapters import Adapter, LoraXLayer
 from ..lorax.convert import convert_to_lora, convert_to_lora_x
+from ..lorax.matching import MATCHINGS
 from ..lorax.methods import METHODS
 from ..lorax.report import WEAK
 from ..lorax.similarity import highest_rank
-from ..lorax.transfer import transfer_adapter
+from ..lorax.transfer import DORA, transfer_adapter
 from . import host
 from .host import io, ui
 from .types import CATEGORY, AdapterPort, SimilarityPort, rank_input
@@ -50,6 +51,21 @@ class LoraXTransfer(io.ComfyNode):
                     step=0.01,
                     tooltip="A layer gets the update when its similarity, chance taken off, is above this. 0 is chance.",
                 ),
+                io.Combo.Input(
+                    "matching",
+                    options=list(MATCHINGS),
+                    default="auto",
+                    optional=True,
+                    tooltip="Pairing of blocks. auto: by number where both models have the same blocks, else by "
+                    "similarity, in order. argmax: each module takes the most similar one (the published rule).",
+                ),
+                io.Combo.Input(
+                    "dora",
+                    options=list(DORA),
+                    default="direction",
+                    optional=True,
+                    tooltip="How a DoRA moves. direction: its magnitudes follow in proportion. dense: as a LoRA.",
+                ),
                 SimilarityPort.Input(
                     "similarity",
                     optional=True,
@@ -75,7 +91,18 @@ class LoraXTransfer(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, adapter, source, target, method, rank, threshold, similarity=None, source_clip=None, target_clip=None
+        cls,
+        adapter,
+        source,
+        target,
+        method,
+        rank,
+        threshold,
+        matching="auto",
+        dora="direction",
+        similarity=None,
+        source_clip=None,
+        target_clip=None,
     ):
         """Move it."""
         base_s, base_t = host.open_model(source, source_clip), host.open_model(target, target_clip)
@@ -88,13 +115,17 @@ class LoraXTransfer(io.ComfyNode):
                 method=method,
                 rank=min(rank, most),
                 threshold=threshold,
+                matching=matching,
+                dora=dora,
                 similarity=similarity,
                 device=device,
                 progress=progress,
             ),
             len(adapter.layers),
         )
-        text = "\n".join([report.summary, *(f"warning: {warning}" for warning in report.warnings)])
+        text = "\n".join(
+            [report.summary, *report.assignment.summary, *(f"warning: {warning}" for warning in report.warnings)]
+        )
         host.show(text, cls.hidden.unique_id)
         return io.NodeOutput(moved, text, report.suggested_strength, ui=ui.PreviewText(text))
 

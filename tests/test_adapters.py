@@ -297,3 +297,251 @@ def test_an_alpha_stored_as_a_whole_number(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     (own,) = load_adapter(tmp_path / "a.safetensors").layers.values()
     assert own.scale == 2
+
+
+# ------------------------------------------------------------------------------------- kinds, fused weights, bad layers
+
+FLUX = "lora_unet_double_blocks_3_img_attn"
+GUARD = {f"{FLUX}_proj.lora_up.weight": torch.ones(8, 2), f"{FLUX}_proj.lora_down.weight": torch.ones(2, 8)}
+
+
+def saved(path, tensors, **kwargs):
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, **kwargs)
+    return path
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+MODULE = f"lora_unet_{QKV.replace('.', '_')}_to_q"
+KINDS = {
+    "lora": {"lora_up.weight": random(320, 2), "lora_down.weight": random(2, 320), "alpha": torch.tensor(1.5)},
+    "dora": {"lora_up.weight": random(320, 2), "lora_down.weight": random(2, 320), "dora_scale": random(1, 320)},
+    "loha": {f"hada_w{i}_{x}": random(*s) for i in "12" for x, s in (("a", (320, 2)), ("b", (2, 320)))},
+    "lokr": {"lokr_w1": random(16, 16), "lokr_w2_a": random(20, 2), "lokr_w2_b": random(2, 20)},
+    "glora": {f"{x}{i}.weight": random(*((320, 2) if i == 1 else (2, 320))) for x in "ab" for i in (1, 2)},
+    "oft": {"oft_blocks": random(40, 8, 8), "alpha": torch.tensor(0.0)},
+    "boft": {"oft_blocks": random(3, 40, 8, 8), "alpha": torch.tensor(0.0)},
+    "diff": {"diff": random(320, 320)},
+    "foura": {"foura_up.weight": random(320, 3), "foura_down.weight": random(3, 320), "foura_gate": random(3)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_kept_bit_by_bit(tmp_path, kind, dtype):
+    tensors = {f"{MODULE}.{part}": tensor.to(dtype) for part, tensor in KINDS[kind].items()}
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
+    assert (adapter.kind, adapter.family.name, list(adapter.layers)) == (kind, "sd1", [f"unet.{QKV}.to_q"])
+    save_adapter(adapter, tmp_path / "b.safetensors")
+    written = load_file(tmp_path / "b.safetensors")
+    assert written.keys() - tensors.keys() <= {f"{MODULE}.alpha"}
+    for key, tensor in tensors.items():
+        assert written[key].dtype == dtype
+        assert torch.equal(written[key].float(), tensor.float())
+
+
+def test_the_differences_of_norms_and_biases(tmp_path, bases):
+    block = "down_blocks.0.resnets.0"
+    flat = f"lora_unet_{block.replace('.', '_')}"
+    tensors = {
+        f"{flat}_norm1.w_norm": random(32),
+        f"{flat}_norm1.b_norm": random(32),
+        f"{flat}_norm2.b_norm": random(32),
+        f"{flat}_norm2.diff": random(32),
+        f"{flat}_conv1.diff": random(32, 32, 3, 3),
+        f"{flat}_conv1.diff_b": random(32),
+    }
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors), bases[0])
+    names = {f"unet.{block}.{n}" for n in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "conv1.bias")}
+    assert adapter.layers.keys() == names | {f"unet.{block}.conv1"}
+    assert names <= bases[0].vectors.keys()
+    assert adapter.kind == "diff"
+    save_adapter(adapter, tmp_path / "b.safetensors")
+    # ComfyUI reads b_norm only beside w_norm.
+    expected = {key.replace("norm2.b_norm", "norm2.diff_b"): tensor for key, tensor in tensors.items()}
+    written = load_file(tmp_path / "b.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[key], expected[key]) for key in written)
+
+
+def test_a_bias_of_peft_has_the_scale_of_its_update(tmp_path):
+    key = f"base_model.model.{QKV}.to_q"
+    tensors = {f"{key}.lora_B.weight": UP, f"{key}.lora_A.weight": DOWN, f"{key}.lora_B.bias": random(320)}
+    saved(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "r": 2}))
+    layers = load_adapter(tmp_path / "adapter_model.safetensors").layers
+    torch.testing.assert_close(layers[f"unet.{QKV}.to_q.bias"].delta_weight(), 3 * random(320)[:, None])
+
+
+def test_a_magnitude_of_peft_is_per_output_even_where_the_layer_is_square(tmp_path):
+    key = f"base_model.model.{QKV}.to_q"
+    tensors = {f"{key}.lora_B.weight": UP, f"{key}.lora_A.weight": DOWN}
+    adapter = load_adapter(
+        saved(tmp_path / "a.safetensors", tensors | {f"{key}.lora_magnitude_vector": random(320).abs().reshape(1, 320)})
+    )
+    (own,) = adapter.layers.values()
+    assert own.kind == "dora"
+    assert own.dora_scale.shape == (320, 1)
+
+
+def test_a_whole_lokr_of_peft_is_scaled(tmp_path):
+    key = f"base_model.model.{QKV}.to_q"
+    tensors = {f"{key}.lokr_w1": random(16, 16), f"{key}.lokr_w2": random(20, 20)}
+    saved(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha": 4, "r": 32}))
+    (own,) = load_adapter(tmp_path / "adapter_model.safetensors").layers.values()
+    torch.testing.assert_close(own.delta_weight(), torch.kron(random(16, 16), random(20, 20)) / 8)
+
+
+@pytest.mark.parametrize("naming", ["kohya", "original"])
+def test_a_fused_weight_is_cut_and_put_together_again(tmp_path, naming):
+    module = f"{FLUX}_qkv" if naming == "kohya" else "diffusion_model.double_blocks.3.img_attn.qkv"
+    up, down = ("lora_up", "lora_down") if naming == "kohya" else ("lora_B", "lora_A")
+    tensors = {f"{module}.{up}.weight": random(24, 2), f"{module}.{down}.weight": random(2, 8)}
+    if naming == "kohya":
+        tensors[f"{module}.alpha"] = torch.tensor(1.0)
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
+    names = [f"transformer.transformer_blocks.3.attn.to_{part}" for part in "qkv"]
+    assert (adapter.family.name, adapter.naming, list(adapter.layers)) == ("flux", naming, names)
+    whole = torch.cat([own.delta_weight() for own in adapter.layers.values()])
+    torch.testing.assert_close(whole, tensors[f"{module}.{up}.weight"] @ random(2, 8) / (2 if naming == "kohya" else 1))
+    save_adapter(adapter, tmp_path / "b.safetensors")
+    written = load_file(tmp_path / "b.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[key], tensors[key]) for key in tensors)
+    # Without one of its parts there is no whole: each has its own name then.
+    less = replace(adapter, layers={name: adapter.layers[name] for name in names[:2]})
+    save_adapter(less, tmp_path / "c.safetensors")
+    written = load_file(tmp_path / "c.safetensors")
+    assert {key.partition(".lora")[0].removesuffix(".alpha") for key in written} == set(names[:2])
+
+
+def test_a_diffusers_file_becomes_a_kohya_file_without_loss(tmp_path):
+    """The parts have factors of their own, so the whole has the rank of their sum."""
+    names = [f"transformer.transformer_blocks.3.attn.to_{part}" for part in "qkv"]
+    tensors = {f"{n}.lora_B.weight": random(8, 2, seed=i) for i, n in enumerate(names)}
+    tensors |= {f"{n}.lora_A.weight": random(2, 8, seed=9 + i) for i, n in enumerate(names)}
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
+    save_adapter(adapter, tmp_path / "b.safetensors", naming="kohya")
+    written = load_file(tmp_path / "b.safetensors")
+    assert {key.partition(".")[0] for key in written} == {f"{FLUX}_qkv"}
+    assert written[f"{FLUX}_qkv.lora_down.weight"].shape == (6, 8)
+    again = load_adapter(tmp_path / "b.safetensors")
+    for name in names:
+        torch.testing.assert_close(again.layers[name].delta_weight(), adapter.layers[name].delta_weight())
+
+
+def test_what_cannot_be_cut_stays_whole(tmp_path):
+    tensors = {f"{FLUX}_qkv.lokr_w1": random(4, 2), f"{FLUX}_qkv.lokr_w2": random(6, 4)}
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
+    (own,) = adapter.layers.values()
+    assert (own.layer.name, own.layer.shape) == ("transformer.double_blocks.3.img_attn.qkv", (24, 8))
+    for naming in ("kohya", "original", "diffusers"):
+        save_adapter(adapter, tmp_path / "b.safetensors", naming=naming)
+        module = f"{FLUX}_qkv" if naming == "kohya" else "diffusion_model.double_blocks.3.img_attn.qkv"
+        assert {key.rpartition(".")[0] for key in load_file(tmp_path / "b.safetensors")} == {module}
+        assert load_adapter(tmp_path / "b.safetensors").layers.keys() == adapter.layers.keys()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "naming", "name"),
+    [
+        ("lora_transformer_transformer_blocks_3_attn_to_q", "onetrainer", "transformer.transformer_blocks.3.attn.to_q"),
+        ("lycoris_transformer_blocks_3_attn_to_q", "simpletuner", "transformer.transformer_blocks.3.attn.to_q"),
+        ("transformer.transformer_blocks.3.attn.to_q", "diffusers", "transformer.transformer_blocks.3.attn.to_q"),
+        ("base_model.model.transformer_blocks.3.attn.to_q", "peft", "transformer.transformer_blocks.3.attn.to_q"),
+        ("double_blocks.3.img_attn.proj", "diffusers", "transformer.transformer_blocks.3.attn.to_out.0"),
+        ("diffusion_model.double_blocks.3.img_attn.proj", "original", "transformer.transformer_blocks.3.attn.to_out.0"),
+    ],
+)
+def test_spellings_of_a_transformer(tmp_path, prefix, naming, name):
+    tensors = {f"{prefix}.lora_up.weight": random(8, 2), f"{prefix}.lora_down.weight": random(2, 8)}
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
+    assert (adapter.family.name, adapter.naming, list(adapter.layers)) == ("flux", naming, [name])
+    save_adapter(adapter, tmp_path / "b.safetensors")
+    assert list(load_adapter(tmp_path / "b.safetensors").layers) == [name]
+    if naming in ("onetrainer", "simpletuner"):
+        assert {key.partition(".")[0] for key in load_file(tmp_path / "b.safetensors")} == {prefix}
+
+
+def test_xlabs_names_the_attention_by_number(tmp_path):
+    key = "double_blocks.3.processor.proj_lora2"
+    adapter = load_adapter(
+        saved(tmp_path / "a.safetensors", {f"{key}.down.weight": random(2, 8), f"{key}.up.weight": random(8, 2)})
+    )
+    assert list(adapter.layers) == ["transformer.transformer_blocks.3.attn.to_add_out"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "component"),
+    [
+        ("lora_te3_encoder_block_2_layer_0_SelfAttention_q", "text_encoder_2"),
+        ("text_encoders.t5xxl.transformer.encoder.block.2.layer.0.SelfAttention.q", "text_encoder_2"),
+    ],
+)
+def test_the_t5_of_a_family(tmp_path, prefix, component):
+    tensors = {f"{prefix}.lora_up.weight": random(4096, 1), f"{prefix}.lora_down.weight": random(1, 4096)}
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors | GUARD))
+    assert f"{component}.encoder.block.2.layer.0.SelfAttention.q" in adapter.layers
+
+
+BAD = {
+    "NaN": ({"lora_up.weight": UP * float("nan"), "lora_down.weight": DOWN}, "NaN"),
+    "kinds": ({"lora_up.weight": UP, "lora_down.weight": DOWN, "lokr_w1": DOWN}, "several kinds"),
+    "alpha NaN": ({"lora_up.weight": UP, "lora_down.weight": DOWN, "alpha": torch.tensor(float("inf"))}, "NaN or Inf"),
+    "alpha": ({"lora_up.weight": UP, "lora_down.weight": DOWN, "alpha": torch.ones(3)}, "not a number"),
+    "half": ({"lora_up.weight": UP}, "partner"),
+    "gate": (
+        {"foura_up.weight": UP, "foura_down.weight": DOWN, "foura_gate": torch.ones(3)},
+        "not the length of the rank",
+    ),
+    "magnitude": ({"lora_up.weight": UP, "lora_down.weight": DOWN, "dora_scale": torch.ones(7, 1)}, "no magnitude"),
+    "padded": ({"lora_up.weight": UP, "lora_down.weight": DOWN, "reshape_weight": torch.ones(2)}, "reshape_weight"),
+    "magnitude alone": ({"dora_scale": torch.ones(320, 1)}, "alone"),
+}
+
+
+@pytest.mark.parametrize(("parts", "words"), BAD.values(), ids=BAD)
+def test_a_bad_layer_is_listed_and_the_good_ones_go_on(tmp_path, parts, words):
+    good = MODULE.replace("to_q", "to_v")
+    tensors = {f"{MODULE}.{part}": tensor for part, tensor in parts.items()}
+    saved(tmp_path / "bad.safetensors", tensors)
+    both = saved(
+        tmp_path / "both.safetensors", tensors | {f"{good}.lora_up.weight": UP, f"{good}.lora_down.weight": DOWN}
+    )
+    adapter = load_adapter(both)
+    assert list(adapter.layers) == [f"unet.{QKV}.to_v"]
+    assert adapter.unused.keys() == {key for key in tensors if not key.endswith(".alpha")}
+    assert all(words in why for why in adapter.unused.values())
+    with pytest.raises((FormatError, NumericsError), match=MODULE):
+        load_adapter(both, strict=True)
+    with pytest.raises((FormatError, NumericsError), match=words):
+        load_adapter(tmp_path / "bad.safetensors")
+
+
+def test_an_alpha_of_0_is_an_update_without_effect_and_is_said(tmp_path):
+    tensors = {f"{MODULE}.lora_up.weight": UP, f"{MODULE}.lora_down.weight": DOWN, f"{MODULE}.alpha": torch.tensor(0.0)}
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors), strict=True)
+    (own,) = adapter.layers.values()
+    assert not own.delta_weight().any()
+    assert list(adapter.unused) == [f"{MODULE}.alpha"]
+    save_adapter(adapter, tmp_path / "b.safetensors")
+    assert float(load_file(tmp_path / "b.safetensors")[f"{MODULE}.alpha"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("oft_R.weight", "rotation of PEFT"),
+        ("boft_R", "rotation of PEFT"),
+        ("set_weight", "replaces"),
+        ("on_input", "IA"),
+        ("bm.weight", "GLoRA"),
+    ],
+)
+def test_what_is_not_read_has_a_reason(tmp_path, key, words):
+    tensors = {f"{MODULE}.lora_up.weight": UP, f"{MODULE}.lora_down.weight": DOWN, f"{MODULE}.{key}": random(2, 3)}
+    unused = load_adapter(saved(tmp_path / "a.safetensors", tensors)).unused
+    assert words in unused[f"{MODULE}.{key}"]

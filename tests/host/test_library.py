@@ -228,7 +228,7 @@ def test_the_dense_update_is_the_one_that_the_host_computes(pack, model, lora, c
     patches = comfy.lora.load_lora(load_file(tmp_path / "out.safetensors"), keys)
     assert len(patches) == len(adapter.layers) > 60
     for name, own in adapter.layers.items():
-        key = pack.host.model_key(base.layers[name])
+        key = pack.host.model_key(base, base.layers[name])
         zero = torch.zeros(base.layers[name].shape)
         theirs = comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], zero, key)
         expected = own.delta_weight().reshape(zero.shape)
