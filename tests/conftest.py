@@ -1,4 +1,8 @@
 import os
+
+# Small tensors: threads that wait for each other cost more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from dataclasses import replace
 from pathlib import Path
 
