@@ -14,11 +14,9 @@ from pathlib import Path
 
 import torch
 
-from lorax.families import families
-
 RESULTS = Path(__file__).parent / "results"
 # Resident memory that a transfer may take, in GB.
-LIMITS = {"sd1": 2.5, "sdxl": 4.0}
+LIMITS = {"sd1": 2.5, "sdxl": 4.0, "sdxl-ssd1b": 4.0}
 
 
 def hardware() -> dict[str, object]:
@@ -47,20 +45,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", choices=["full", "smoke"], default="full")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--works", nargs="+", choices=list(LIMITS), default=list(LIMITS))
     profile, device = (parsed := parser.parse_args()).profile, parsed.device
     results: list[dict[str, object]] = []
-    for family in families():
+    for work in parsed.works:
         with tempfile.TemporaryDirectory() as folder:
-            channels = families()[family].unet.model_channels if profile == "full" else 64
-            print(f"{family}: making two bases and a LoRA of rank 16", flush=True)
-            run("make", family, folder, str(channels))
+            channels = 320 if profile == "full" else 64
+            print(f"{work}: making two bases and a LoRA of rank 16", flush=True)
+            run("make", work, folder, str(channels))
             for method in ("copy", "project", "subspace-null"):
-                row = {"family": family, "work": "transfer", **run("ours", folder, method, device)}
+                row = {"work": work, **run("ours", folder, method, device)}
                 if profile == "full" and device == "cpu":
-                    row["peak_limit_gb"] = LIMITS[family]
+                    row["peak_limit_gb"] = LIMITS[work]
                 results.append(row)
                 print(row, flush=True)
-            row = {"family": family, "work": "transfer", **run("svd-loop", folder, "project", device)}
+            row = {"work": work, **run("svd-loop", folder, "project", device)}
             results.append(row)
             print(row, flush=True)
     RESULTS.mkdir(exist_ok=True)

@@ -4,12 +4,14 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from demo.pruned import pruned_pair
 from demo.synthetic import base_tensors
 from lorax import Base, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.families import families
@@ -17,12 +19,20 @@ from lorax.families import families
 RANK, LORA_RANK, SAMPLE = 320, 16, 12
 
 
-def make(family: str, folder: Path, channels: int) -> None:
-    """Write source, target and a rank-16 LoRA on every attention layer of the U-Net."""
-    shape = replace(families()[family], text_encoders=())
-    shape = replace(shape, unet=replace(shape.unet, model_channels=channels))
-    for name, change in (("source", 0.0), ("target", 0.1)):
-        save_file(base_tensors(shape, 1, change=change), folder / f"{name}.safetensors")
+def make(work: str, folder: Path, channels: int) -> None:
+    """Write source, target and a rank-16 LoRA on every attention layer of the U-Net.
+
+    The target is the source with a tenth of noise; in `sdxl-ssd1b` also with more than half of its blocks taken out.
+    """
+    truth: dict[str, str] = {}
+    if work == "sdxl-ssd1b":
+        _, _, truth = pruned_pair(folder, change=0.1, channels=channels, dtype=torch.float16)
+    else:
+        shape = replace(families()[work], text_encoders=())
+        shape = replace(shape, unet=replace(shape.unet, model_channels=channels))
+        for name, change in (("source", 0.0), ("target", 0.1)):
+            save_file(base_tensors(shape, 1, change=change), folder / f"{name}.safetensors")
+    (folder / "truth.json").write_text(json.dumps(truth))
     generator, tensors = torch.Generator().manual_seed(3), {}
     for layer in open_base(folder / "source.safetensors").layers.values():
         if layer.is_attention:
@@ -32,16 +42,17 @@ def make(family: str, folder: Path, channels: int) -> None:
     save_file(tensors, folder / "lora.safetensors")
 
 
-def ours(folder: Path, method: str, device: str) -> None:
-    """Transfer as the command line does, files included."""
+def ours(folder: Path, method: str, device: str) -> dict[str, str]:
+    """Transfer as the command line does, files included; return the source of each layer of the target."""
     source, target = open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
     adapter = load_adapter(folder / "lora.safetensors", source)
-    result, _ = transfer_adapter(adapter, source, target, method=method, device=device)
+    result, report = transfer_adapter(adapter, source, target, method=method, device=device)
     save_adapter(result, folder / "out.safetensors")
+    return {row.target: row.source for row in report.rows if row.target}
 
 
-def svd_loop(folder: Path, device: str) -> None:
-    """Do what a user would write: both models in memory, one full SVD a layer, dense products."""
+def svd_loop(folder: Path, device: str) -> dict[str, str]:
+    """Do what a user would write: layers by name, the model in memory, one full SVD a layer."""
     target = load_file(folder / "target.safetensors")
     base = open_base(folder / "target.safetensors")
     adapter, out = load_file(folder / "lora.safetensors"), {}
@@ -54,9 +65,10 @@ def svd_loop(folder: Path, device: str) -> None:
             out[f"{name}.lora_B.weight"] = (U @ U.T @ B).cpu()
             out[f"{name}.lora_A.weight"] = (A @ Vh.T @ Vh).cpu()
     save_file(out, folder / "out.safetensors")
+    return {key.removesuffix(".lora_A.weight"): key.removesuffix(".lora_A.weight") for key in out if "lora_A" in key}
 
 
-def error(folder: Path, target: Base) -> float:
+def error(folder: Path, target: Base, pairs: Mapping[str, str]) -> float:
     """Return the largest relative error of a sample of layers against the formula in float64."""
     given, found = load_adapter(folder / "lora.safetensors", target), load_adapter(folder / "out.safetensors", target)
     names = list(found.layers)
@@ -64,7 +76,7 @@ def error(folder: Path, target: Base) -> float:
     for name in names[:: max(1, len(names) // SAMPLE)]:
         U, _, Vh = torch.linalg.svd(target.weight(name).double(), full_matrices=False)
         U, Vh = U[:, :RANK], Vh[:RANK]
-        expected = U @ (U.T @ given.layers[name].delta_weight().double() @ Vh.T) @ Vh
+        expected = U @ (U.T @ given.layers[pairs[name]].delta_weight().double() @ Vh.T) @ Vh
         difference = found.layers[name].delta_weight().double() - expected
         worst = max(worst, float(difference.norm() / expected.norm()))
     return worst
@@ -79,20 +91,23 @@ def main() -> None:
         return
     folder, method, device = Path(words[0]), words[1], words[2]
     start = time.perf_counter()
-    if what == "ours":
-        ours(folder, method, device)
-    else:
-        svd_loop(folder, device)
+    pairs = ours(folder, method, device) if what == "ours" else svd_loop(folder, device)
     row = {
         "who": what,
         "method": method,
         "device": device,
-        "layers": len(load_adapter(folder / "lora.safetensors").layers),
+        "layers": len(pairs),
         "seconds": round(time.perf_counter() - start, 2),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
     if method == "project":
-        row["relative_error"] = error(folder, open_base(folder / "target.safetensors"))
+        row["relative_error"] = error(folder, open_base(folder / "target.safetensors"), pairs)
+    if truth := json.loads((folder / "truth.json").read_text()):
+        source, target = open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
+        known = [(place, name) for place, name in pairs.items() if target.layers[place].original in truth]
+        right = [source.layers[name].original == truth[target.layers[place].original] for place, name in known]
+        row["attention_layers"] = sum(layer.is_attention for layer in target.layers.values())
+        row["paired_right"] = f"{sum(right)} of {len(right)}"
     print(json.dumps(row))
 
 

@@ -22,10 +22,12 @@ BLOCK = re.compile(r"(.*\.transformer_blocks\.)(\d+)(\..*)")
 def noisy(weight: Tensor, change: float, generator: torch.Generator) -> Tensor:
     """Return a weight with white noise of `change` times its norm added."""
     noise = torch.randn(weight.shape, generator=generator)
-    return weight + change * noise * weight.norm() / noise.norm()
+    return (weight.float() + change * noise * weight.float().norm() / noise.norm()).to(weight.dtype)
 
 
-def pruned_pair(folder: Path, change: float, channels: int = 16, seed: int = 0) -> tuple[Base, Base, dict[str, str]]:
+def pruned_pair(
+    folder: Path, change: float, channels: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Base, Base, dict[str, str]]:
     """Make SDXL, and SSD-1B as SDXL with transformer blocks taken out at random and every weight changed.
 
     Args:
@@ -33,6 +35,7 @@ def pruned_pair(folder: Path, change: float, channels: int = 16, seed: int = 0) 
         change: Norm of the noise that is added to each weight, in norms of the weight.
         channels: Width of the first level; 320 in the real models.
         seed: Equal seeds give equal models.
+        dtype: Of the files.
 
     Returns:
         The source, the target, and for each module of the target (original path) that of the source that it was.
@@ -41,7 +44,7 @@ def pruned_pair(folder: Path, change: float, channels: int = 16, seed: int = 0) 
     family = replace(family, unet=replace(family.unet, model_channels=channels), text_encoders=())
     pruned = replace(family, unet=replace(family.unet, **SSD_1B))
     generator = torch.Generator().manual_seed(seed)
-    source = base_tensors(family, 2 * seed + 1, dtype=torch.float32)
+    source = base_tensors(family, 2 * seed + 1, dtype=dtype)
     kept: dict[str, list[int]] = {}
     target: dict[str, Tensor] = {}
     truth: dict[str, str] = {}
@@ -58,7 +61,7 @@ def pruned_pair(folder: Path, change: float, channels: int = 16, seed: int = 0) 
         target[key] = noisy(source[place], change, generator) if len(shape) > 1 else source[place]
     paths = folder / "source.safetensors", folder / "target.safetensors"
     for path, tensors in zip(paths, (source, target), strict=True):
-        save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path)
+        save_file(tensors, path)
     return open_base(paths[0]), open_base(paths[1]), truth
 
 
