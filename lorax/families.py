@@ -275,14 +275,14 @@ class Family:
 
     def _is_right(self, pattern: str, shape: tuple[int, ...]) -> bool:
         ratio = self.ratio.get(pattern)
-        return ratio is None or not shape or shape[0] == ratio * shape[1]
+        return ratio is None or len(shape) < 2 or shape[0] == ratio * shape[1]
 
     def _cut(self, original: str, shape: tuple[int, ...]) -> list[Layer]:
         """Return the layers of one original weight; without a shape, only their names."""
         paths = self._diffusers_of(original, shape) or (original,)
         names = [f"{self.component}.{path}" for path in paths]
-        if len(paths) == 1 or not shape:
-            return [Layer(name, shape, original) for name in names]
+        if len(paths) == 1 or len(shape) < 2:
+            return [Layer(name, shape if len(paths) == 1 else (), original) for name in names]
         rule = self.rows.get(_starred(original)) or DEFAULT_ROWS.get(len(paths)) or ("n",) * (len(paths) - 1) + ("*",)
         rest = shape[0] - rule.count("n") * shape[1]
         if rest <= 0 or rest % rule.count("*"):

@@ -181,8 +181,9 @@ _APPLY: dict[str, Callable[[Tensor, Tensor, Subspace, Subspace], methods.Factors
 
 def _like(own: AdapterLayer, layer: Layer, B: Tensor, A: Tensor, dtype: torch.dtype | None) -> LoraLayer:
     """Return factors as a LoRA layer with the alpha and the dtype of the layer that they came from."""
-    alpha = own.alpha if isinstance(own, LoraLayer) else None
-    scale = own.scale if isinstance(own, LoraLayer) and own.scale else 1.0
+    alpha, scale = None, 1.0
+    if isinstance(own, LoraLayer) and own.is_thin and own.scale:
+        alpha, scale = own.alpha, own.scale
     # Numbers that were computed anew would lose too much in the eight bits of an fp8 file.
     dtype = dtype or (own.dtype if own.dtype.itemsize > 1 else torch.float16)
     return LoraLayer(layer, (B / scale).to("cpu", dtype), A.to("cpu", dtype), alpha)

@@ -61,7 +61,9 @@ class GloraLayer(AdapterLayer):
         a1, a2, b1, b2 = self.a1, self.a2, self.b1, self.b2
         now = a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0]
         early = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
-        return early and (not now or (self.layer.shape[:2] == (a2.shape[0], a2.shape[0])))
+        if now and len(self.layer.shape) > 1:  # both orders are possible: what fits the layer, square ones early
+            early = early and self.layer.matrix_shape == (a2.shape[0], a2.shape[0])
+        return early and (not now or len(self.layer.shape) > 1)
 
     @property
     def rank(self) -> int:

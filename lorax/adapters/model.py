@@ -15,6 +15,7 @@ from .diff import VectorLayer
 from .layer import AdapterLayer
 from .lora import LoraLayer as LoraLayer
 from .lora_x import LoraXLayer as LoraXLayer
+from .resolve import whole_of
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -90,8 +91,9 @@ def _placed(own: AdapterLayer, spelling: str, base: Base) -> list[AdapterLayer]:
     if len(found) > 1:
         found = [layer for layer in found if layer.name == own.layer.name] or found
     if len(found) > 1:
+        whole = replace(own, layer=whole_of(found, own.layer.shape))
         rows = sum(layer.shape[0] for layer in found)
-        return [*((own.cut(found) if own.layer.shape[:1] == (rows,) else None) or [own])]
+        return [*((own.cut(found) if whole.layer.shape[:1] == (rows,) else None) or [whole])]
     if not found:
         return [own]
     return [replace(own, layer=replace(found[0], shape=own.layer.shape or found[0].shape))]

@@ -90,7 +90,9 @@ def places(module: Module, shape: Shape, base: Base | None, family: Family | Non
 
 
 def whole_of(parts: list[Layer], shape: Shape) -> Layer:
-    """Return the fused weight as a layer of its own, for an update that cannot be cut."""
+    """Return the fused weight as a layer of its own, for an update that cannot be cut and may not tell its shape."""
+    if not shape and all(part.shape for part in parts):
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     return Layer(f"{parts[0].component}.{parts[0].original}", shape, parts[0].original)
 
 

@@ -1,0 +1,251 @@
+"""Every kind of adapter, moved between two small models with fused weights (FLUX.1) by every way there is."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from demo.pruned import noisy
+from demo.synthetic import falling
+from lorax import Outcome, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax.adapters import (
+    Adapter,
+    BoftLayer,
+    DiffLayer,
+    FouraLayer,
+    GloraLayer,
+    LohaLayer,
+    LokrLayer,
+    LoraLayer,
+    OftLayer,
+    VectorLayer,
+)
+from lorax.convert import convert_to_lora
+from lorax.layers import Layer
+
+W = 16
+NAME = "transformer.transformer_blocks.0.attn.to_q"
+QKV = Layer("transformer.double_blocks.0.img_attn.qkv", (3 * W, W), "double_blocks.0.img_attn.qkv")
+
+
+def flux(double=2, single=2, width=W):
+    """Names and proportions of FLUX.1, reduced."""
+    shapes = {"img_in": (width, 8), "txt_in": (width, 24), "final_layer.linear": (8, width)}
+    for i in range(double):
+        for side in ("img", "txt"):
+            shapes |= {
+                f"double_blocks.{i}.{side}_mod.lin": (6 * width, width),
+                f"double_blocks.{i}.{side}_attn.qkv": (3 * width, width),
+                f"double_blocks.{i}.{side}_attn.proj": (width, width),
+                f"double_blocks.{i}.{side}_mlp.0": (4 * width, width),
+                f"double_blocks.{i}.{side}_mlp.2": (width, 4 * width),
+            }
+    for i in range(single):
+        shapes |= {
+            f"single_blocks.{i}.modulation.lin": (3 * width, width),
+            f"single_blocks.{i}.linear1": (7 * width, width),
+            f"single_blocks.{i}.linear2": (width, 5 * width),
+        }
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp("flux"), torch.Generator().manual_seed(2)
+    source = {f"model.diffusion_model.{path}.weight": falling(shape, generator) for path, shape in flux().items()}
+    source |= {key.replace(".weight", ".bias"): torch.zeros(len(value)) for key, value in source.items()}
+    target = {key: noisy(value, 0.1, generator) if value.dim() > 1 else value for key, value in source.items()}
+    for name, tensors in (("source", source), ("target", target)):
+        save_file(tensors, folder / f"{name}.safetensors")
+    return open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
+
+
+def random(*shape, seed=0):
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def kinds(layer):
+    """An update of every kind for one layer."""
+    m, n = layer.matrix_shape
+    up, down = random(m, 2), random(2, n)
+    wide = 1 + random(1, n).abs()
+    return {
+        "lora": LoraLayer(layer, up, down, 1.0),
+        "dora": LoraLayer(layer, up, down, 1.0, dora_scale=1 + random(m, 1).abs()),
+        "dora by input": LoraLayer(layer, up, down, 1.0, dora_scale=wide),
+        "loha": LohaLayer(layer, random(m, 2), random(2, n), random(m, 2, seed=1), random(2, n, seed=1), 2.0),
+        "lokr": LokrLayer.read(layer, {"lokr_w1": random(4, 4), "lokr_w2": random(m // 4, n // 4)}),
+        "glora": GloraLayer(layer, random(n, 2, seed=2), random(2, n, seed=3), up, down, 2.0),
+        "oft": OftLayer.read(layer, {"oft_blocks": random(4, m // 4, m // 4)}, 0.0),
+        "boft": BoftLayer.read(layer, {"oft_blocks": random(2, m // 4, 4, 4)}, 0.0),
+        "diff": DiffLayer(layer, random(m, n)),
+        "foura": FouraLayer.read(
+            layer, {"foura_up": up, "foura_down": down, "foura_gate": torch.tensor([1.0, 0.5])}, 2.0
+        ),
+    }
+
+
+CUT = ("lora", "dora", "loha", "diff", "foura")
+THIN = ("lora", "foura")
+
+
+def adapter_of(*layers, naming="kohya", family=None):
+    return Adapter("a.safetensors", family, naming, {own.layer.name: own for own in layers})
+
+
+def naive_projection(update, weight, rank):
+    U, _, Vh = torch.linalg.svd(weight.double())
+    U, Vh = U[:, :rank], Vh[:rank]
+    return U @ (U.T @ update.double() @ Vh.T) @ Vh
+
+
+def best(matrix, rank):
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def dense(own, base):
+    return own.delta_weight(base.weight(own.layer.name) if own.needs_weight else None).double()
+
+
+@pytest.mark.parametrize("kind", kinds(Layer("x.y", (W, W))))
+def test_copied_each_kind_stays_what_it_is(kind, bases):
+    source, target = bases
+    own = kinds(source.layers[NAME])[kind]
+    result, report = transfer_adapter(adapter_of(own), source, target)
+    moved = result.layers[NAME]
+    assert type(moved) is type(own)
+    (row,) = report.rows
+    assert (row.outcome, row.method) == (Outcome.TRANSFERRED, "copy")
+    assert row.source_norm == pytest.approx(float(dense(own, source).norm()), rel=1e-4)
+    assert row.target_norm == pytest.approx(float(dense(moved, target).norm()), rel=1e-4)
+    for name, part in own.parts().items():
+        if name != "dora_scale":
+            assert torch.equal(moved.parts()[name], part)
+
+
+@pytest.mark.parametrize("kind", kinds(Layer("x.y", (W, W))))
+def test_projected_each_kind_is_the_dense_formula_refactored(kind, bases):
+    source, target = bases
+    own = kinds(source.layers[NAME])[kind]
+    result, report = transfer_adapter(
+        adapter_of(own), source, target, method="project", rank=8, lora_rank=3, dora="dense"
+    )
+    expected = naive_projection(dense(own, source), target.weight(NAME), 8)
+    if kind not in THIN:
+        expected = best(expected, 3)
+        assert "made a LoRA of rank 3" in report.rows[0].note
+        assert result.layers[NAME].rank == 3
+    torch.testing.assert_close(dense(result.layers[NAME], target), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", kinds(Layer("x.y", (W, W))))
+def test_as_lora_x_each_kind_is_the_change_of_the_targets_singular_values(kind, bases):
+    source, target = bases
+    own = kinds(source.layers[NAME])[kind]
+    result, _ = transfer_adapter(adapter_of(own), source, target, method="copy", rank=8, output_format="lora-x")
+    U, _, Vh = torch.linalg.svd(target.weight(NAME).double())
+    expected = (U[:, :8] * (U[:, :8].T @ dense(own, source) @ Vh[:8].T).diagonal()) @ Vh[:8]
+    (lora,) = convert_to_lora(result, target).layers.values()
+    torch.testing.assert_close(dense(lora, target), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", kinds(QKV))
+def test_an_update_of_a_fused_weight_goes_out_as_it_came(kind, bases, tmp_path):
+    """Through a file in kohya's names, read with its base: cut where its kind can be, whole where it cannot."""
+    source, target = bases
+    own = kinds(QKV)[kind]
+    save_adapter(adapter_of(own, family=source.family), tmp_path / "in.safetensors")
+    read = load_adapter(tmp_path / "in.safetensors", source)
+    assert len(read.layers) == (3 if kind in CUT else 1)
+    result, report = transfer_adapter(read, source, target)
+    assert {row.outcome for row in report.rows} == {Outcome.TRANSFERRED}
+    save_adapter(result, tmp_path / "out.safetensors")
+    before, after = load_file(tmp_path / "in.safetensors"), load_file(tmp_path / "out.safetensors")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert "dora_scale" in key or torch.equal(tensor, after[key])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in kinds(QKV) if kind not in CUT])
+def test_an_update_that_cannot_be_cut_is_made_dense_and_cut(kind, bases):
+    source, target = bases
+    own = kinds(QKV)[kind]
+    result, report = transfer_adapter(adapter_of(own), source, target, method="project", rank=8, lora_rank=W)
+    parts = source.layers.find("transformer", QKV.original)
+    whole = own.delta_weight(torch.cat([source.weight(part.name) for part in parts])).double()
+    assert [row.source for row in report.rows] == [part.name for part in parts]
+    for part, update in zip(parts, whole.split(W), strict=True):
+        expected = naive_projection(update, target.weight(part.name), 8)
+        torch.testing.assert_close(dense(result.layers[part.name], target), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_follow_their_block_and_another_size_is_reported(bases, tmp_path):
+    source, target = bases
+    name = "transformer.single_transformer_blocks.1.proj_out.bias"
+    assert name in source.vectors
+    own = VectorLayer(source.vectors[name], random(W), "diff_b")
+    result, report = transfer_adapter(adapter_of(own), source, target, method="project")
+    assert torch.equal(result.layers[name].parts()["diff"], own.diff)
+    assert report.rows[0].method == "copy"
+    tensors = {f"{path}.weight": torch.randn(shape) for path, shape in flux(width=8).items()}
+    tensors |= {key.replace(".weight", ".bias"): torch.zeros(len(value)) for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "narrow.safetensors")
+    narrow = open_base(tmp_path / "narrow.safetensors")
+    lora = kinds(source.layers[NAME])["lora"]
+    _, report = transfer_adapter(adapter_of(own, lora), source, narrow, threshold=-9)
+    outcomes = {row.source: row.outcome for row in report.rows}
+    assert outcomes == {name: Outcome.SHAPE_MISMATCH, NAME: Outcome.TRANSFERRED}
+
+
+def test_a_dora_keeps_the_ratio_of_its_magnitudes_or_moves_all_that_it_changes(bases):
+    source, target = bases
+    own = kinds(source.layers[NAME])["dora"]
+    before, here = source.weight(NAME).double(), target.weight(NAME).double()
+    ratio = (before + dense(own, source)).norm(dim=1) / before.norm(dim=1)
+    direction, _ = transfer_adapter(adapter_of(own), source, target)
+    after = here + dense(direction.layers[NAME], target)
+    torch.testing.assert_close(after.norm(dim=1) / here.norm(dim=1), ratio, rtol=1e-4, atol=1e-4)
+    whole, report = transfer_adapter(adapter_of(own), source, target, dora="dense", lora_rank=W)
+    torch.testing.assert_close(dense(whole.layers[NAME], target), dense(own, source), rtol=1e-3, atol=1e-5)
+    assert report.rows[0].retained_energy == pytest.approx(1, abs=1e-4)
+    # On its own base both are the very update.
+    for dora in ("direction", "dense"):
+        same, _ = transfer_adapter(adapter_of(own), source, source, dora=dora, lora_rank=W)
+        torch.testing.assert_close(dense(same.layers[NAME], source), dense(own, source), rtol=1e-3, atol=1e-5)
+
+
+def test_a_dora_on_another_size_moves_all_that_it_changes(bases, tmp_path):
+    source, _ = bases
+    tensors = {f"{path}.weight": torch.randn(shape) for path, shape in flux(width=24).items()}
+    save_file(tensors, tmp_path / "wide.safetensors")
+    own = kinds(source.layers[NAME])["dora"]
+    result, report = transfer_adapter(adapter_of(own), source, open_base(tmp_path / "wide.safetensors"), threshold=-9)
+    assert result.layers[NAME].kind == "lora"
+    assert report.rows[0].method == "align"
+
+
+def test_fp8_stays_fp8_when_copied_and_becomes_fp16_when_computed(bases):
+    source, target = bases
+    lora = kinds(source.layers[NAME])["lora"].moved(source.layers[NAME], torch.float8_e4m3fn)
+    copied, _ = transfer_adapter(adapter_of(lora), source, target)
+    projected, _ = transfer_adapter(adapter_of(lora), source, target, method="project", rank=8)
+    assert (copied.layers[NAME].dtype, projected.layers[NAME].dtype) == (torch.float8_e4m3fn, torch.float16)
+
+
+def test_mixed_kinds_in_one_file_and_a_bad_one_among_them(bases, tmp_path):
+    source, target = bases
+    names = [layer.name for layer in source.layers.values() if layer.matrix_shape == (W, W)]
+    found = [
+        kinds(source.layers[name])[kind] for name, kind in zip(names, ("lora", "lokr", "oft", "foura"), strict=False)
+    ]
+    save_adapter(adapter_of(*found, family=source.family, naming="diffusers"), tmp_path / "mixed.safetensors")
+    tensors = load_file(tmp_path / "mixed.safetensors")
+    bad = next(key for key in tensors if key.endswith("foura_gate"))
+    tensors[bad] = torch.ones(7)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    adapter = load_adapter(tmp_path / "mixed.safetensors", source)
+    assert adapter.kind == "mixed"
+    assert bad in adapter.unused
+    result, report = transfer_adapter(adapter, source, target)
+    assert len(result.layers) == report.arrived == 3
+    assert any(bad in text for text in report.warnings) or len(adapter.unused) > 1
