@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import lorax
+from demo.synthetic import base_tensors
 from lorax import (
     Adapter,
     LoraLayer,
@@ -19,9 +20,11 @@ from lorax import (
     OptionError,
     Outcome,
     load_adapter,
+    save_adapter,
     transfer_adapter,
 )
 from lorax.convert import convert_to_lora, convert_to_lora_x
+from lorax.families import families
 from lorax.report import similarity_json
 from lorax.similarity import compare_bases
 from tests.conftest import lora_tensors, small_base
@@ -200,6 +203,31 @@ def test_another_width_is_aligned_and_marked(bases, lora, tmp_path):
     for method in ("copy", "project", "subspace-null"):
         _, refused = transfer_adapter(lora, bases[0], wide, method=method, rank=16, threshold=-9)
         assert {row.outcome for row in refused.rows if row.source in rows} == {Outcome.SHAPE_MISMATCH}
+
+
+@pytest.mark.parametrize("way", ["sd1 to sdxl", "sdxl to sd1"])
+def test_between_families_of_another_text_width(tmp_path, way):
+    """The text side of cross-attention changes its size and is aligned; what both have in one size is copied."""
+    xl = replace(families()["sdxl"].unet, model_channels=32, channel_mult=(1, 2), transformer_depth=(1, 1))
+    xl = replace(xl, num_res_blocks=1, transformer_depth_middle=1, adm_in_channels=16)
+    save_file(base_tensors(replace(families()["sdxl"], unet=xl), 5, text_encoders=False), tmp_path / "xl.safetensors")
+    bases = small_base(tmp_path / "sd1.safetensors"), lorax.open_base(tmp_path / "xl.safetensors")
+    source, target = bases if way == "sd1 to sdxl" else bases[::-1]
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in source.layers.values():
+        if layer.is_attention and layer.is_main:
+            module = f"lora_unet_{layer.path.replace('.', '_')}"
+            tensors[f"{module}.lora_up.weight"] = torch.randn(layer.shape[0], 4)
+            tensors[f"{module}.lora_down.weight"] = torch.randn(4, layer.shape[1])
+    save_file(tensors, tmp_path / "lora.safetensors")
+    adapter = load_adapter(tmp_path / "lora.safetensors", source)
+    result, report = transfer_adapter(adapter, source, target, threshold=-9)
+    assert report.arrived == len(report.rows) == len(adapter.layers)
+    for row in report.rows:
+        assert row.method == ("align" if row.source.endswith(("attn2.to_k", "attn2.to_v")) else "copy")
+        assert result.layers[row.target].layer.matrix_shape == target.layers[row.target].matrix_shape
+    save_adapter(result, tmp_path / "moved.safetensors", naming="kohya")
+    assert not load_adapter(tmp_path / "moved.safetensors", target).unused
 
 
 def test_adapter_of_another_family_is_refused(bases, tmp_path):
