@@ -65,7 +65,7 @@ class Adapter:
         widths = {
             own.layer.matrix_shape[1]
             for own in self.layers.values()
-            if len(own.layer.shape) > 1 and reads_text(own.layer.path)
+            if not isinstance(own, LoraXLayer) and len(own.layer.shape) > 1 and reads_text(own.layer.path)
         }
         if base.family.unet is not None and widths - {base.family.unet.context_dim}:
             made_for = self.family.label if self.family else f"a family of text width {min(widths)}"
