@@ -67,6 +67,12 @@ class Base:
             raise NumericsError("a weight of a base holds NaN or Inf", f"{name} in {self.name}", "use a sound copy")
         return matrix
 
+    def fused_weight(self, layer: Layer, device: str = "cpu") -> Tensor | None:
+        """Return the weight that a layer, or a fused weight taken as one layer, has here; None if it is not here."""
+        parts = [self.layers[layer.name]] if layer.name in self.layers else []
+        parts = parts or (self.layers.find(layer.component, layer.original) if layer.original else [])
+        return torch.cat([self.weight(part.name, device) for part in parts]) if parts else None
+
     def fingerprint(self, name: str) -> str:
         """Return 16 hex digits that name the content of a layer.
 
