@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -41,33 +41,58 @@ class Score:
 NO_SCORE = Score(math.nan, math.nan)
 
 
+@dataclass(frozen=True, slots=True)
 class _Side:
-    """One side of one layer: the Gram matrix `G = X X^T` of a factor `X [d, p]`, or the factor where `d` is large."""
+    """One side of one layer: `d` numbers wide; `held` is its Gram matrix `[d, d]`, or where `d` is large its factor."""
 
-    def __init__(self, X: Tensor) -> None:
-        self.d = X.shape[0]
-        self.trace = float(X.double().square().sum())
-        small = X if X.shape[0] <= X.shape[1] else X.T
-        gram = small @ small.T
-        self.norm = float(torch.linalg.vector_norm(gram.double()))
-        self.held = X if self.d > GRAM_LIMIT else gram if small is X else X @ X.T
-
-    def score(self, other: "_Side") -> Score:
-        if self.d != other.d or self.norm == 0 or other.norm == 0:
-            return NO_SCORE
-        scale = self.norm * other.norm
-        if self.d > GRAM_LIMIT:
-            inner = float(torch.linalg.vector_norm(self.held.T @ other.held)) ** 2
-        else:
-            inner = float(torch.dot(self.held.flatten(), other.held.flatten()))
-        return Score(inner / scale, self.trace * other.trace / (self.d * scale))
+    d: int
+    trace: float
+    norm: float
+    held: Tensor
 
 
 def _sides(weight: Tensor, rank: int | None) -> tuple[_Side, _Side]:
-    if rank is None:
-        return _Side(weight), _Side(weight.T)
-    space = decompose(weight, rank)
-    return _Side(space.U * space.S), _Side(space.Vh.T * space.S)
+    """Return the left (output) and the right (input) side: `W W^T` and `W^T W` have one trace and one norm."""
+    if rank is not None:
+        space = decompose(weight, rank)
+        energy = space.S.double().square()
+        trace, norm = float(energy.sum()), float(energy.norm())
+        left, right = (_held(space.U * space.S), _held(space.Vh.T * space.S))
+    else:
+        wide = weight.shape[0] <= weight.shape[1]
+        gram = weight @ weight.T if wide else weight.T @ weight
+        trace, norm = float(weight.double().square().sum()), float(torch.linalg.vector_norm(gram.double()))
+        left = gram if wide and gram.shape[0] <= GRAM_LIMIT else _held(weight)
+        right = gram if not wide and gram.shape[0] <= GRAM_LIMIT else _held(weight.T)
+    return _Side(weight.shape[0], trace, norm, left), _Side(weight.shape[1], trace, norm, right)
+
+
+def _held(X: Tensor) -> Tensor:
+    return X @ X.T if X.shape[0] <= GRAM_LIMIT else X
+
+
+def _scores(sources: list[_Side], targets: list[_Side]) -> list[list[Score]]:
+    """Compare every source with every target; the inner products of all Gram matrices are one matrix product."""
+    table = [[NO_SCORE] * len(targets) for _ in sources]
+    for d in {side.d for side in sources} & {side.d for side in targets}:
+        rows, columns = ([i for i, side in enumerate(sides) if side.d == d] for sides in (sources, targets))
+        if d > GRAM_LIMIT:
+            inner = [
+                [float(torch.linalg.vector_norm(sources[i].held.T @ targets[j].held)) ** 2 for j in columns]
+                for i in rows
+            ]
+        else:
+            left, right = (
+                torch.stack([side.held.flatten() for side in sides])
+                for sides in ([sources[i] for i in rows], [targets[j] for j in columns])
+            )
+            inner = (left @ right.T).tolist()
+        for i, line in zip(rows, inner, strict=True):
+            for j, value in zip(columns, line, strict=True):
+                s, t = sources[i], targets[j]
+                if scale := s.norm * t.norm:
+                    table[i][j] = Score(value / scale, s.trace * t.trace / (d * scale))
+    return table
 
 
 def pair_scores(source: Tensor, target: Tensor, rank: int | None = None) -> tuple[Score, Score]:
@@ -82,7 +107,7 @@ def pair_scores(source: Tensor, target: Tensor, rank: int | None = None) -> tupl
         Left and right score; a side has NaN where its sizes differ or a weight is zero.
     """
     (left_s, right_s), (left_t, right_t) = _sides(source, rank), _sides(target, rank)
-    return left_s.score(left_t), right_s.score(right_t)
+    return _scores([left_s], [left_t])[0][0], _scores([right_s], [right_t])[0][0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,19 +221,29 @@ def score_layers(
     Returns:
         Left and right score by (source layer name, target layer name).
     """
-    total, scores = len(sources) + len(targets), dict[tuple[str, str], tuple[Score, Score]]()
-    start = 0
-    while start < len(sources):
+    scores: dict[tuple[str, str], tuple[Score, Score]] = {}
+    total, done = len(sources) + len(targets), 0
+
+    def hold(base: Base, layers: Iterator[Layer], budget: int) -> dict[str, tuple[_Side, _Side]]:
+        """Take layers until what is held of them fills the budget."""
+        nonlocal done
         held: dict[str, tuple[_Side, _Side]] = {}
-        while start < len(sources) and sum(side.held.nbytes for pair in held.values() for side in pair) < BUDGET_BYTES:
-            layer, start = sources[start], start + 1
-            held[layer.name] = _sides(source.weight(layer.name, device), rank)
-            progress(start, total, layer.name)
-        for j, layer in enumerate(targets, 1):
-            left_t, right_t = _sides(target.weight(layer.name, device), rank)
-            for name, (left_s, right_s) in held.items():
-                scores[name, layer.name] = left_s.score(left_t), right_s.score(right_t)
-            progress(start + j, total, layer.name)
+        size = 0
+        while (size < budget or not held) and (layer := next(layers, None)) is not None:
+            held[layer.name] = _sides(base.weight(layer.name, device), rank)
+            size += sum(side.held.nbytes for side in held[layer.name])
+            done += 1
+            progress(min(done, total), total, layer.name)
+        return held
+
+    waiting = iter(sources)
+    while held_s := hold(source, waiting, BUDGET_BYTES):
+        streamed = iter(targets)
+        while held_t := hold(target, streamed, BUDGET_BYTES // 4):
+            sides = [_scores([s[k] for s in held_s.values()], [t[k] for t in held_t.values()]) for k in (0, 1)]
+            for i, name_s in enumerate(held_s):
+                for j, name_t in enumerate(held_t):
+                    scores[name_s, name_t] = sides[0][i][j], sides[1][i][j]
     return scores
 
 
