@@ -67,6 +67,12 @@ class Base:
             raise NumericsError("a weight of a base holds NaN or Inf", f"{name} in {self.name}", "use a sound copy")
         return matrix
 
+    def fused_weight(self, layer: Layer, device: str = "cpu") -> Tensor | None:
+        """Return the weight that a layer, or a fused weight taken as one layer, has here; None if it is not here."""
+        parts = [self.layers[layer.name]] if layer.name in self.layers else []
+        parts = parts or (self.layers.find(layer.component, layer.original) if layer.original else [])
+        return torch.cat([self.weight(part.name, device) for part in parts]) if parts else None
+
     def fingerprint(self, name: str) -> str:
         """Return 16 hex digits that name the content of a layer.
 
@@ -168,7 +174,7 @@ def loaded_base(
     parameters: Shapes,
     text_encoders: Mapping[str, Shapes],
     read: Callable[[Layer], Tensor],
-    spellings: Mapping[str, tuple[str, Rows | None]] | None = None,
+    spellings: Callable[[], Mapping[str, tuple[str, Rows | None]]] = dict,
 ) -> Base:
     """Make a base of a model that another program holds in memory.
 
@@ -178,15 +184,15 @@ def loaded_base(
         text_encoders: For each text encoder, by kind (`clip_l`, `clip_g`, `clip_h`, `t5xxl`), the weight shape of its
             modules by Hugging Face module path.
         read: Returns the weight of a layer, `layer.shape`, any floating dtype.
-        spellings: What adapter files call the modules of a model of no known family: any module path -> the module
-            that it means, and the rows where it is a part of that.
+        spellings: Returns what adapter files call the modules of a model of no known family: any module path -> the
+            module that it means, and the rows where it is a part of that.
     """
     shapes = {key.removesuffix(".weight"): shape for key, shape in parameters.items() if key.endswith(".weight")}
     family = recognise(shapes) or UNKNOWN
     found = family.layers(shapes)
     names = family.spellings(found)
     if family is UNKNOWN:
-        found, names = _spelled(found, spellings or {})
+        found, names = _spelled(found, spellings())
     layers = [*found]
     component = {encoder.kind: encoder.component for encoder in family.text_encoders}
     for kind, modules in text_encoders.items():

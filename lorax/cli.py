@@ -264,7 +264,9 @@ def convert(
     loaded = load_adapter(adapter, base)
     with _bar("converting") as progress:
         if to is Format.lora:
-            result = convert_to_lora(loaded, base, device=_device(device), progress=progress)
+            result = convert_to_lora(
+                loaded, base, rank=LORA_RANK if rank is None else rank, device=_device(device), progress=progress
+            )
         elif base is None:
             raise OptionError("a LoRA-X is made of its source base", "--source is missing", "give --source")
         else:
@@ -324,6 +326,8 @@ def _mean(values: list[float]) -> str:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, dict):
         value = [f"{key}: {entry}" for key, entry in cast("dict[Any, Any]", value).items()]
     if isinstance(value, list):

@@ -3,35 +3,47 @@
 import math
 from collections.abc import Mapping
 
-from .adapters.model import Adapter, AdapterLayer, LoraLayer, LoraXLayer, expand
+from .adapters import Adapter, AdapterLayer, LoraLayer, LoraXLayer, VectorLayer, expand
 from .base import Base
-from .errors import MismatchError
+from .errors import MismatchError, OptionError
 from .linalg import decompose, norm
 from .progress import Progress, silent
 from .similarity import check_rank
-from .transfer import RANK
+from .transfer import LORA_RANK, RANK
 
 
 def convert_to_lora(
-    adapter: Adapter, source: Base | None = None, *, device: str = "cpu", progress: Progress = silent
+    adapter: Adapter,
+    source: Base | None = None,
+    *,
+    rank: int = LORA_RANK,
+    device: str = "cpu",
+    progress: Progress = silent,
 ) -> Adapter:
-    """Write every LoRA-X layer as a LoRA: `delta_weight = U diag(delta) Vh` in factors. LoRA layers stay as they are.
+    """Write every layer as a LoRA: a LoRA-X exactly, `U diag(delta) Vh`, other kinds as the best of a given rank.
+
+    LoRA layers, and differences of norms and biases, stay as they are.
 
     Args:
         adapter: The adapter.
-        source: The base that it was made for; only LoRA-X layers need it.
+        source: The base that it was made for; needed where the update depends on the weight: LoRA-X, DoRA, GLoRA, OFT.
+        rank: Of the LoRA that an update without thin factors becomes.
         device: Where to compute.
         progress: Called with (done, total, layer name).
 
     Raises:
-        MismatchError: A LoRA-X layer without its own source base.
+        MismatchError: A layer without the source base that it needs.
+        OptionError: `rank` is below 1.
     """
+    if rank < 1:
+        raise OptionError("a rank is at least 1", str(rank), "give a whole number, for example 64")
     adapter = adapter if source is None else adapter.resolved(source)
     layers: dict[str, AdapterLayer] = {}
     for done, (name, own) in enumerate(adapter.layers.items(), 1):
-        if isinstance(own, LoraXLayer):
-            B, A = expand(own, source, device)
-            own = LoraLayer(own.layer if source is None else source.layers[name], B.cpu(), A.cpu())
+        if not isinstance(own, VectorLayer) and not (isinstance(own, LoraLayer) and own.is_thin):
+            B, A = expand(own, source, device, rank)
+            layer = source.layers.get(name, own.layer) if source is not None else own.layer
+            own = LoraLayer(layer, B.to("cpu", own.computed_dtype), A.to("cpu", own.computed_dtype))
         layers[name] = own
         progress(done, len(adapter.layers), name)
     return Adapter(adapter.name, adapter.family, adapter.naming, layers, adapter.unused, adapter.metadata)

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .adapters import LoraLayer, load_adapter
+from .adapters import LoraXLayer, load_adapter
 from .adapters.keys import parse
 from .base import open_base
 from .tensorfile import TensorFile
@@ -59,11 +59,14 @@ def _adapter(path: Path) -> dict[str, Any]:
                 "layer": name,
                 "shape": list(own.layer.shape),
                 "rank": own.rank,
-                "alpha": own.alpha if isinstance(own, LoraLayer) else None,
-                "norm": own.norm(),
+                "kind": own.kind,
+                "alpha": getattr(own, "alpha", None),
+                # Of a DoRA, GLoRA or rotation the size depends on the weights of the base.
+                "norm": None if own.needs_weight and not isinstance(own, LoraXLayer) else own.norm(),
                 "dtype": str(own.dtype).removeprefix("torch."),
             }
         )
+    norms = [row["norm"] for row in rows]
     return {
         "kind": "adapter",
         "file": adapter.name,
@@ -73,10 +76,11 @@ def _adapter(path: Path) -> dict[str, Any]:
         "family_label": adapter.family.label if adapter.family else "unknown",
         "layers": len(rows),
         "layers_by_component": dict(Counter(own.layer.component for own in adapter.layers.values())),
+        "layers_by_kind": dict(Counter(own.kind for own in adapter.layers.values())),
         "ranks": dict(sorted(adapter.ranks.items())),
         "alphas": dict(Counter("none" if row["alpha"] is None else f"{row['alpha']:g}" for row in rows)),
         "dtypes": dict(Counter(row["dtype"] for row in rows)),
-        "norm": sum(row["norm"] ** 2 for row in rows) ** 0.5,
+        "norm": None if None in norms else sum(norm**2 for norm in norms) ** 0.5,
         "rows": rows,
         "unused": dict(adapter.unused),
         "metadata": dict(adapter.metadata),

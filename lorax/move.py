@@ -189,6 +189,5 @@ def _like(own: AdapterLayer, layer: Layer, B: Tensor, A: Tensor, dtype: torch.dt
     alpha, scale = None, 1.0
     if isinstance(own, LoraLayer) and own.is_thin and own.scale:
         alpha, scale = own.alpha, own.scale
-    # Numbers that were computed anew would lose too much in the eight bits of an fp8 file.
-    dtype = dtype or (own.dtype if own.dtype.itemsize > 1 else torch.float16)
+    dtype = dtype or own.computed_dtype
     return LoraLayer(layer, (B / scale).to("cpu", dtype), A.to("cpu", dtype), alpha)

@@ -1,6 +1,7 @@
 """Nodes that read and write adapter files."""
 
 import os
+from dataclasses import replace
 
 from ..lorax.adapters import Adapter, LoraXLayer, load_adapter, save_adapter
 from ..lorax.convert import convert_to_lora
@@ -113,7 +114,14 @@ def _expanded(adapter: Adapter, model: object) -> Adapter:
     if model is None:
         raise OptionError("a LoRA-X needs its base model to become a LoRA", adapter.name, "connect the model input")
     base = host.open_model(model)
-    return host.compute(lambda device, progress: convert_to_lora(adapter, base, device=device, progress=progress), 1)
+    changes = {name: layer for name, layer in adapter.layers.items() if isinstance(layer, LoraXLayer)}
+    lora = host.compute(
+        lambda device, progress: convert_to_lora(
+            replace(adapter, layers=changes), base, device=device, progress=progress
+        ),
+        len(changes),
+    )
+    return replace(lora, layers={**adapter.layers, **lora.layers})
 
 
 def summary(adapter: Adapter) -> str:

@@ -76,7 +76,7 @@ def open_model(model: Any, clip: Any = None) -> Base:
     name = type(getattr(model.model, "model_config", model.model)).__name__
     parameters = _parameters(model, UNET)
     encoders = {kind: _text_modules(clip, prefix) for kind, prefix in TEXT_ENCODERS.items()} if clip is not None else {}
-    base = loaded_base(name, parameters, encoders, lambda layer: read(layer), _spellings(model))
+    base = loaded_base(name, parameters, encoders, lambda layer: read(layer), lambda: _spellings(model))
     kinds = {encoder.component: TEXT_ENCODERS[encoder.kind] for encoder in base.family.text_encoders}
 
     def read(layer: Layer) -> Tensor:

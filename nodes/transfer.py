@@ -227,7 +227,11 @@ def _expand(adapter: Adapter, model, clip) -> Adapter:
     if known is not None and known[0]() is model.model and known[1] == patches:
         return known[2]
     base = host.open_model(model, clip)
-    here = {name: layer for name, layer in adapter.layers.items() if layer.layer.component in base.components}
+    here = {
+        name: layer
+        for name, layer in adapter.layers.items()
+        if isinstance(layer, LoraXLayer) and layer.layer.component in base.components
+    }
     expanded = host.compute(
         lambda device, progress: convert_to_lora(replace(adapter, layers=here), base, device=device, progress=progress),
         len(here),

@@ -179,6 +179,21 @@ def test_an_update_that_cannot_be_cut_is_made_dense_and_cut(kind, bases):
         torch.testing.assert_close(dense(result.layers[part.name], target), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", kinds(QKV))
+def test_converted_each_kind_is_the_best_lora_of_the_rank(kind, bases):
+    source, _ = bases
+    for layer in (source.layers[NAME], QKV):
+        own = kinds(layer)[kind]
+        weight = source.fused_weight(layer)
+        for lora in convert_to_lora(adapter_of(own), source, rank=3).layers.values():
+            expected = own.delta_weight(weight).double()
+            if layer is QKV and kind in CUT:
+                expected = expected[slice(*lora.layer.rows)]
+            expected = expected if kind in THIN else best(expected, 3)
+            torch.testing.assert_close(lora.delta_weight().double(), expected, rtol=1e-3, atol=1e-5)
+            assert isinstance(lora, LoraLayer)
+
+
 def test_biases_follow_their_block_and_another_size_is_reported(bases, tmp_path):
     source, target = bases
     name = "transformer.single_transformer_blocks.1.proj_out.bias"

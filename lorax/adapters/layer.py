@@ -120,6 +120,11 @@ class AdapterLayer(ABC):
         return next(iter(self.parts().values())).dtype
 
     @property
+    def computed_dtype(self) -> torch.dtype:
+        """The dtype to store what is computed from it: its own, but of 8 bits, in which too much would be lost, 16."""
+        return self.dtype if self.dtype.itemsize > 1 else torch.float16
+
+    @property
     def is_thin(self) -> bool:
         """Whether `factors` gives the update exactly and cheaply."""
         return False

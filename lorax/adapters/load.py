@@ -57,7 +57,8 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
     shapes = {module: shape for module, keys in modules.items() if (shape := reading.shape_of(keys)) is not None}
     if naming == "indexed":
         _check_indexed(file)
-    family = family_of(shapes, namings, base) or families().get(file.metadata.get("base_family", ""))
+    named = families().get(file.metadata.get("base_family", "")) if naming == "lora-x" else None
+    family = named or family_of(shapes, namings, base)
     config = peft_config(file)
     fingerprints = _fingerprints(file) if naming == "lora-x" else {}
     for module, keys in modules.items():

@@ -65,7 +65,7 @@ class Adapter:
         widths = {
             own.layer.matrix_shape[1]
             for own in self.layers.values()
-            if len(own.layer.shape) > 1 and reads_text(own.layer.path)
+            if not isinstance(own, LoraXLayer) and len(own.layer.shape) > 1 and reads_text(own.layer.path)
         }
         if base.family.unet is not None and widths - {base.family.unet.context_dim}:
             made_for = self.family.label if self.family else f"a family of text width {min(widths)}"
@@ -118,12 +118,12 @@ def expand(
     name = layer.layer.name
     weight = None
     if layer.needs_weight:
-        if source is None or name not in source.layers:
+        weight = source.fused_weight(layer.layer, device) if source is not None else None
+        if source is None or weight is None:
             got = f"{name} ({layer.kind}) without it"
             raise MismatchError("a layer of this kind needs its source base", got, "give the source base")
         if isinstance(layer, LoraXLayer):
             layer.check_source(source)
-            return layer.expanded(decompose(source.weight(name, device), layer.rank))
-        weight = source.weight(name, device)
+            return layer.expanded(decompose(weight, layer.rank))
     update = layer.delta_weight(weight).to(device)
     return refactor(update, rank or min(update.shape))

@@ -190,14 +190,30 @@ def test_an_adapter_that_does_not_fit_is_an_error_and_not_an_unpatched_model(
         pack.host.apply_adapter(model, None, adapter, 1.0)
 
 
-def test_a_model_without_a_unet_names_the_layers_that_were_seen(pack):
-    """Audio and video models have other layers under the same prefix."""
-    module = torch.nn.Module()
-    module.diffusion_model = torch.nn.Module()
-    module.diffusion_model.speech_decoder = torch.nn.Linear(4, 4)
-    patcher = comfy.model_patcher.ModelPatcher(module, torch.device("cpu"), torch.device("cpu"))
-    with pytest.raises(pack.lorax.FormatError, match="speech_decoder"):
-        pack.host.open_model(patcher)
+def test_a_model_of_no_known_family_works_by_its_own_names(pack, tmp_path):
+    """Two models that nobody has heard of; the adapter is spelled as the host's own list of keys spells them."""
+    models = []
+    for seed in (1, 2):
+        module = torch.nn.Module()
+        module.model_config = types.SimpleNamespace(unet_config={})
+        torch.manual_seed(seed)
+        speech = torch.nn.ModuleDict({"attn": torch.nn.Linear(8, 8), "mlp": torch.nn.Linear(8, 16)})
+        module.diffusion_model = torch.nn.ModuleDict({"speech": torch.nn.ModuleList([speech])})
+        models.append(comfy.model_patcher.ModelPatcher(module, torch.device("cpu"), torch.device("cpu")))
+    source, target = map(pack.host.open_model, models)
+    assert source.family.name == "unknown"
+    tensors = {}
+    for spelling, m in (("lora_unet_speech_0_attn", 8), ("diffusion_model.speech.0.mlp", 16)):
+        tensors |= {f"{spelling}.lora_up.weight": torch.randn(m, 2), f"{spelling}.lora_down.weight": torch.randn(2, 8)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = pack.lorax.load_adapter(tmp_path / "a.safetensors", source)
+    moved, report = pack.lorax.transfer_adapter(adapter, source, target, threshold=-9)
+    assert report.arrived == len(report.rows) == 2
+    patched, _, missing = pack.host.apply_adapter(models[1], None, moved, 1.0)
+    assert not missing
+    for name, own in moved.layers.items():
+        change = pack.host.open_model(patched).weight(name) - target.weight(name)
+        torch.testing.assert_close(change, own.delta_weight(), rtol=1e-4, atol=1e-5)
 
 
 def test_float8_weights_are_read_layer_by_layer(pack, checkpoint):
