@@ -75,7 +75,9 @@ def apply_stock(model, path):
 def apply_pack(model, path, host, lorax):
     """Apply a file of a kind that only the pack knows, a LoRA-X as the LoRA that it is on this model."""
     base = host.open_model(model)
-    adapter = lorax.convert_to_lora(lorax.load_adapter(path, base), base)
+    adapter = lorax.load_adapter(path, base)
+    if adapter.kind == "lora-x":
+        adapter = lorax.convert_to_lora(adapter, base)
     patched, _, missing = host.apply_adapter(model, None, adapter, 1.0)
     return patched, missing
 
