@@ -1,25 +1,54 @@
 """Move adapters between diffusion base models without training and without data (LoRA-X, arXiv 2501.16559)."""
 
-from .adapters import Adapter, LoraLayer, LoraXLayer, load_adapter, save_adapter
-from .base import Base, open_base
-from .convert import convert_to_lora, convert_to_lora_x
-from .errors import (
-    FileError,
-    FormatError,
-    LoraxError,
-    MismatchError,
-    NumericsError,
-    OptionError,
-    OutputError,
-)
-from .layers import Layer, LayerTable
-from .report import Outcome, Row, TransferReport, similarity_json
-from .similarity import Score, Similarity, compare_bases, pair_scores
-from .transfer import transfer_adapter
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .adapters import Adapter, LoraLayer, LoraXLayer, load_adapter, save_adapter
+    from .base import Base, open_base
+    from .convert import convert_to_lora, convert_to_lora_x
+    from .errors import (
+        FileError,
+        FormatError,
+        LoraxError,
+        MismatchError,
+        NumericsError,
+        OptionError,
+        OutputError,
+    )
+    from .layers import Layer, LayerTable
+    from .matching import Assignment, load_assignment, match_bases
+    from .report import Outcome, Row, TransferReport, similarity_json
+    from .similarity import Score, Similarity, compare_bases, pair_scores
+    from .transfer import transfer_adapter
+
+# Where each name lives. It is imported when it is first asked for: reading a header needs no torch.
+_PLACES = {
+    "adapters": ("Adapter", "LoraLayer", "LoraXLayer", "load_adapter", "save_adapter"),
+    "base": ("Base", "open_base"),
+    "convert": ("convert_to_lora", "convert_to_lora_x"),
+    "errors": (
+        "FileError",
+        "FormatError",
+        "LoraxError",
+        "MismatchError",
+        "NumericsError",
+        "OptionError",
+        "OutputError",
+    ),
+    "layers": ("Layer", "LayerTable"),
+    "matching": ("Assignment", "load_assignment", "match_bases"),
+    "report": ("Outcome", "Row", "TransferReport", "similarity_json"),
+    "similarity": ("Score", "Similarity", "compare_bases", "pair_scores"),
+    "transfer": ("transfer_adapter",),
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
 
 __all__ = [
     "Adapter",
+    "Assignment",
     "Base",
     "FileError",
     "FormatError",
@@ -42,9 +71,17 @@ __all__ = [
     "convert_to_lora",
     "convert_to_lora_x",
     "load_adapter",
+    "load_assignment",
+    "match_bases",
     "open_base",
     "pair_scores",
     "save_adapter",
     "similarity_json",
     "transfer_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

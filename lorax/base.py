@@ -1,4 +1,9 @@
-"""A base model: its layers, and their weights one at a time."""
+"""A base model: its layers, and their weights one at a time.
+
+torch is imported when a weight is asked for: a header alone is read at once.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import math
@@ -8,19 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .errors import FormatError, NumericsError
 from .families import UNKNOWN, Family, Shapes, families, recognise
 from .layers import MAIN, Layer, LayerTable
 from .tensorfile import TensorFile
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # Where the model that denoises lies in a file: in checkpoints, in ComfyUI's own saves, in the original repositories.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.", "")
-# Keys that only adapters have.
-ADAPTER_KEY = re.compile(r"\.(lora_|hada_|lokr_|oft_|dora_scale|delta$|alpha$|diff$)")
+# Keys that only adapters have, among those that end like a weight of a base.
+ADAPTER_KEY = re.compile(r"[._]lora[._]|\.(hada|lokr|oft|foura)_|\.dora_scale$|\.[ab][12]\.weight$|^\w+:\d+:(up|down)$")
 # What a tensor-wise scaled fp8 weight has beside it: ComfyUI's two spellings.
 SCALES = ("scale_weight", "weight_scale")
 SAMPLED_LAYERS = 8
@@ -61,6 +67,8 @@ class Base:
             NumericsError: It holds NaN or Inf.
             FileError: It cannot be read.
         """
+        import torch
+
         layer = self.layers[name]
         matrix = self.read(layer).to(device, torch.float32).reshape(layer.matrix_shape)
         if not bool(torch.isfinite(matrix).all()):
@@ -69,6 +77,8 @@ class Base:
 
     def fused_weight(self, layer: Layer, device: str = "cpu") -> Tensor | None:
         """Return the weight that a layer, or a fused weight taken as one layer, has here; None if it is not here."""
+        import torch
+
         parts = [self.layers[layer.name]] if layer.name in self.layers else []
         parts = parts or (self.layers.find(layer.component, layer.original) if layer.original else [])
         return torch.cat([self.weight(part.name, device) for part in parts]) if parts else None

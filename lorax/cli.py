@@ -1,39 +1,26 @@
 """The command line: `lorax inspect | similarity | transfer | convert`."""
 
-import io
 import json
 import math
 import signal
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from PIL import Image
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
-from . import pictures
-from .adapters import load_adapter, save_adapter
-from .base import Base, open_base
-from .convert import convert_to_lora, convert_to_lora_x
+from .console import bar, plain, png, print_report, print_similarity, say, tell
 from .errors import LoraxError, OptionError, printable
-from .inspect import describe
-from .layers import Layer
-from .matching import load_assignment
-from .progress import Progress
-from .report import ARRIVED, WEAK, Outcome, Row, TransferReport, similarity_json
-from .similarity import Similarity, compare_bases
-from .tensorfile import check_output, write_bytes
-from .transfer import LORA_RANK, RANK, THRESHOLD, transfer_adapter
+from .options import LORA_RANK, RANK, THRESHOLD, Dora, Format, Matching, Method, Naming
 from .version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import Base
 
 app = typer.Typer(
     help="Move adapters (LoRA, LoRA-X) between diffusion base models, without training and without data.",
@@ -41,35 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-say = Console(highlight=False, soft_wrap=True)
-tell = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-class Method(StrEnum):
-    """How an update is moved."""
-
-    auto = "auto"
-    project = "project"
-    by_index = "index"
-    align = "align"
-    subspace_null = "subspace-null"
-    copy = "copy"
-
-
-class Format(StrEnum):
-    """The form of the result."""
-
-    lora = "lora"
-    lora_x = "lora-x"
-
-
-class Naming(StrEnum):
-    """How the result spells its layers."""
-
-    keep = "keep"
-    kohya = "kohya"
-    diffusers = "diffusers"
-    original = "original"
 
 
 class DType(StrEnum):
@@ -79,22 +37,6 @@ class DType(StrEnum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
-
-
-class Matching(StrEnum):
-    """How blocks of the two bases are paired."""
-
-    auto = "auto"
-    by_name = "name"
-    in_order = "order"
-    argmax = "argmax"
-
-
-class Dora(StrEnum):
-    """How a DoRA is moved."""
-
-    direction = "direction"
-    dense = "dense"
 
 
 class Device(StrEnum):
@@ -132,6 +74,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print all there is to know as JSON.")] = False,
 ) -> None:
     """Say what a file is: format, family, layers, ranks, alpha, norms, dtype."""
+    from .inspect import describe
+
     facts = describe(file)
     if as_json:
         say.print(json.dumps(facts, indent=1), markup=False)
@@ -139,7 +83,7 @@ def inspect(
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         if name not in ("rows", "metadata", "unused"):
-            table.add_row(name.replace("_", " "), _plain(value))
+            table.add_row(name.replace("_", " "), plain(value))
     say.print(table)
     for key, why in facts.get("unused", {}).items():
         say.print(f"not used: {printable(key)} ({why})", markup=False)
@@ -156,13 +100,18 @@ def similarity(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Compare the singular subspaces of two bases: every source layer with every target layer of its kind."""
+    from .base import open_base
+    from .report import similarity_json
+    from .similarity import compare_bases
+    from .tensorfile import write_bytes
+
     if layers not in ("attention", "all"):
         raise OptionError("unknown choice of layers", layers, "choose attention or all")
     if rank != "full" and not rank.isdigit():
         raise OptionError("a rank is a whole number or 'full'", rank, "give for example 320")
     base_s, base_t = open_base(source), open_base(target)
     _check_outputs([json_file, png_file], base_s, base_t)
-    with _bar("comparing") as progress:
+    with bar("comparing") as progress:
         result = compare_bases(
             base_s,
             base_t,
@@ -171,11 +120,11 @@ def similarity(
             device=_device(device),
             progress=progress,
         )
-    _print_similarity(result)
+    print_similarity(result)
     if json_file:
         write_bytes(json_file, json.dumps(similarity_json(result)).encode())
     if png_file:
-        write_bytes(png_file, _png(pictures.similarity_picture(result)))
+        write_bytes(png_file, png(result))
 
 
 @app.command()
@@ -214,12 +163,18 @@ def transfer(
     strict: Annotated[bool, typer.Option("--strict", help="Fail if any layer gets no update.")] = False,
 ) -> None:
     """Move an adapter from its source base to a target base."""
+    from .adapters import load_adapter, save_adapter
+    from .base import open_base
+    from .matching import load_assignment
+    from .tensorfile import write_bytes
+    from .transfer import transfer_adapter
+
     base_s, base_t = open_base(source), open_base(target)
     inputs = [adapter, *([assignment_file] if assignment_file else [])]
     _check_outputs([output, report_file, png_file, save_assignment], base_s, base_t, *inputs)
     assignment = load_assignment(assignment_file, base_s, base_t) if assignment_file else None
     loaded = load_adapter(adapter, base_s)
-    with _bar("transferring") as progress:
+    with bar("transferring") as progress:
         result, report = transfer_adapter(
             loaded,
             base_s,
@@ -243,8 +198,8 @@ def transfer(
     if save_assignment:
         write_bytes(save_assignment, json.dumps(report.assignment.to_json(), indent=1).encode())
     if png_file:
-        write_bytes(png_file, _png(pictures.retained_picture(report)))
-    _print_report(report)
+        write_bytes(png_file, png(report))
+    print_report(report)
 
 
 @app.command()
@@ -259,10 +214,15 @@ def convert(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Change the format of an adapter; its base stays the same."""
+    from .adapters import load_adapter, save_adapter
+    from .base import open_base
+    from .convert import convert_to_lora, convert_to_lora_x
+    from .report import WEAK
+
     base = open_base(source) if source else None
     _check_outputs([output], *([base] if base else []), adapter)
     loaded = load_adapter(adapter, base)
-    with _bar("converting") as progress:
+    with bar("converting") as progress:
         if to is Format.lora:
             result = convert_to_lora(
                 loaded, base, rank=LORA_RANK if rank is None else rank, device=_device(device), progress=progress
@@ -283,60 +243,10 @@ def convert(
         say.print(f"not used: {printable(key)} ({why})", markup=False)
 
 
-def _print_similarity(result: Similarity) -> None:
-    table = Table("kind", "pairs", "left", "right", "corrected", "chance", box=None, title="layers of equal name")
-    for kind in result.kinds:
-        pairs = kind.equal_names()
-        scores = [score for pair in pairs for score in pair]
-        cells = [
-            [left.phi for left, _ in pairs],
-            [right.phi for _, right in pairs],
-            [score.corrected for score in scores],
-            [score.chance for score in scores],
-        ]
-        table.add_row(kind.kind, str(len(pairs)), *(_mean(values) for values in cells))
-    say.print(table)
+def _check_outputs(outputs: list[Path | None], *given: "Base | Path") -> None:
+    from .tensorfile import check_output
 
-
-def _print_report(report: TransferReport) -> None:
-    table = Table("kind of layer", "layers", "arrived", "similarity", "energy kept", box=None)
-    kinds: dict[str, list[Row]] = {}
-    for row in report.rows:
-        layer = Layer(row.source, ())
-        kinds.setdefault(f"{layer.component}:{layer.kind}", []).append(row)
-    for kind, rows in kinds.items():
-        arrived = sum(row.outcome in ARRIVED for row in rows)
-        similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])
-        table.add_row(escape(printable(kind)), str(len(rows)), str(arrived), similar, kept)
-    say.print(table)
-    for line in report.assignment.summary:
-        say.print(line, markup=False)
-    say.print(report.summary)
-    for row in report.rows:
-        if row.outcome is Outcome.KEPT:
-            say.print(f"kept unchanged: {row.source.partition('.')[0]} layers, {row.note}", markup=False)
-            break
-    for warning in report.warnings:
-        tell.print(f"[yellow]warning[/]: {escape(printable(warning))}")
-
-
-def _mean(values: list[float]) -> str:
-    finite = [value for value in values if math.isfinite(value)]
-    return f"{sum(finite) / len(finite):.3f}" if finite else "-"
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        value = [f"{key}: {entry}" for key, entry in cast("dict[Any, Any]", value).items()]
-    if isinstance(value, list):
-        value = ", ".join(map(str, cast("list[Any]", value)))
-    return escape(printable(f"{value:.4g}" if isinstance(value, float) else str(value)))
-
-
-def _check_outputs(outputs: list[Path | None], *given: Base | Path) -> None:
-    inputs = [file for item in given for file in (item.files if isinstance(item, Base) else [item])]
+    inputs = [file for item in given for file in ([item] if isinstance(item, Path) else item.files)]
     wanted = [path for path in outputs if path]
     for path in wanted:
         check_output(path, inputs)
@@ -345,6 +255,8 @@ def _check_outputs(outputs: list[Path | None], *given: Base | Path) -> None:
 
 
 def _device(device: Device) -> str:
+    import torch
+
     if device is Device.auto:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device is Device.cuda and not torch.cuda.is_available():
@@ -352,22 +264,10 @@ def _device(device: Device) -> str:
     return device.value
 
 
-def _dtype(dtype: DType) -> torch.dtype | None:
+def _dtype(dtype: DType) -> "torch.dtype | None":
+    import torch
+
     return None if dtype is DType.keep else getattr(torch, dtype.value)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@contextmanager
-def _bar(what: str) -> Generator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=tell, transient=True, disable=not tell.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total, _: bar.update(task, completed=done, total=total)
 
 
 def _interrupted(*_: object) -> None:

@@ -7,9 +7,9 @@ from .adapters import Adapter, AdapterLayer, LoraLayer, LoraXLayer, VectorLayer,
 from .base import Base
 from .errors import MismatchError, OptionError
 from .linalg import decompose, norm
+from .options import LORA_RANK, RANK
 from .progress import Progress, silent
 from .similarity import check_rank
-from .transfer import LORA_RANK, RANK
 
 
 def convert_to_lora(

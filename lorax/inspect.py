@@ -5,9 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .adapters import LoraXLayer, load_adapter
-from .adapters.keys import parse
-from .base import open_base
+from .base import ADAPTER_KEY, open_base
+from .errors import FormatError, LoraxError
 from .tensorfile import TensorFile
 
 
@@ -28,9 +27,15 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         NumericsError: An adapter holds NaN or Inf.
     """
     path = Path(path)
-    if path.is_file() and any(parse(key) for key in TensorFile(path).entries):
+    if path.is_file() and any(ADAPTER_KEY.search(key) for key in TensorFile(path).entries):
         return _adapter(path)
-    return _base(path)
+    try:
+        return _base(path)
+    except FormatError as error:
+        try:
+            return _adapter(path)
+        except LoraxError:
+            raise error from None
 
 
 def _base(path: Path) -> dict[str, Any]:
@@ -51,6 +56,8 @@ def _base(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
+    from .adapters import LoraXLayer, load_adapter
+
     adapter = load_adapter(path)
     rows: list[dict[str, Any]] = []
     for name, own in adapter.layers.items():

@@ -17,10 +17,10 @@ from pathlib import Path
 from .base import Base
 from .errors import FormatError, OptionError
 from .layers import Layer, LayerTable
+from .options import MATCHINGS
 from .progress import Progress, silent
 from .similarity import Score, score_layers
 
-MATCHINGS = ("auto", "name", "order", "argmax")
 ASSIGNMENT_SCHEMA = "lorax-assignment"
 NUMBERS = re.compile(r"\d+")
 LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(.*)")

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .linalg import Subspace, polar, recompress
 
-METHODS = ("auto", "project", "index", "align", "subspace-null", "copy")
 Factors = tuple[Tensor, Tensor]
 
 

@@ -1,4 +1,9 @@
-"""Safetensors files: opened lazily, read one tensor at a time, written whole or not at all."""
+"""Safetensors files: opened lazily, read one tensor at a time, written whole or not at all.
+
+torch is imported when a tensor is asked for: a header alone is read at once.
+"""
+
+from __future__ import annotations
 
 import json
 import math
@@ -8,29 +13,31 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from .errors import FileError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ADVICE = "download or export it again"
 
 
+# The names of dtypes in a file and in torch.
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
 }
 # Only for single numbers, such as an alpha: whole-number weights are quantised and mean something else.
-WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+WHOLE = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +87,11 @@ class TensorFile:
         Raises:
             FileError: The data cannot be read, or is not of a floating dtype.
         """
+        import torch
+
         entry = self.entries[key]
-        dtype = DTYPES.get(entry.dtype) or (WHOLE.get(entry.dtype) if math.prod(entry.shape) == 1 else None)
-        if dtype is None:
+        name = DTYPES.get(entry.dtype) or (WHOLE.get(entry.dtype) if math.prod(entry.shape) == 1 else None)
+        if name is None:
             got = f"{key} in {self.path} is {entry.dtype}"
             raise FileError("a weight of a dtype that is not read", got, f"store it as one of {', '.join(DTYPES)}")
         start, stop = rows or (0, entry.shape[0] if entry.shape else 1)
@@ -93,6 +102,7 @@ class TensorFile:
             raise FileError("cannot read a tensor", f"{key} in {self.path}: {error.strerror}", ADVICE) from error
         if content.size != (stop - start) * row:
             raise FileError("the file was cut short", f"{key} in {self.path}", ADVICE)
+        dtype: torch.dtype = getattr(torch, name)
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
         return torch.from_numpy(content).view(dtype).reshape(shape) if content.size else torch.empty(shape, dtype=dtype)
 
@@ -170,6 +180,8 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
 
     The library writes the metadata in random order, so the header is put in order here.
     """
+    from safetensors.torch import save
+
     content = save(
         {key: tensors[key].detach().to("cpu").contiguous().clone() for key in sorted(tensors)}, dict(metadata)
     )

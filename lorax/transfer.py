@@ -5,26 +5,17 @@ from dataclasses import replace
 
 import torch
 
-from . import methods
 from .adapters import Adapter, AdapterLayer, LoraXLayer
 from .base import Base
 from .errors import MismatchError, OptionError
 from .layers import Layer
 from .matching import Assignment, match_bases
 from .move import Mover
+from .options import DORA, FORMATS, LORA_RANK, METHODS, RANK, THRESHOLD
 from .progress import Progress, silent
 from .report import ARRIVED, Outcome, Row, TransferReport
 from .similarity import Score, Similarity, check_rank
 from .version import __version__
-
-FORMATS = ("lora", "lora-x")
-DORA = ("direction", "dense")
-# The paper's setting for every pair of bases (arXiv 2501.16559, section 5).
-RANK = 320
-# Of a LoRA that is made of an update of another kind. Ours: no published rule; the report shows what it keeps.
-LORA_RANK = 64
-# What unrelated layers score after the correction: a layer that is no better than chance gets no update.
-THRESHOLD = 0.0
 
 
 def transfer_adapter(
@@ -79,7 +70,7 @@ def transfer_adapter(
         NumericsError: A weight holds NaN or Inf.
     """
     for name, value, choices in (
-        ("method", method, methods.METHODS),
+        ("method", method, METHODS),
         ("format", output_format, FORMATS),
         ("way to move a DoRA", dora, DORA),
     ):

@@ -5,11 +5,10 @@ from weakref import WeakKeyDictionary, ref
 
 from ..lorax.adapters import Adapter, LoraXLayer
 from ..lorax.convert import convert_to_lora, convert_to_lora_x
-from ..lorax.matching import MATCHINGS
-from ..lorax.methods import METHODS
+from ..lorax.options import DORA, MATCHINGS, METHODS
 from ..lorax.report import WEAK
 from ..lorax.similarity import highest_rank
-from ..lorax.transfer import DORA, transfer_adapter
+from ..lorax.transfer import transfer_adapter
 from . import host
 from .host import io, ui
 from .types import CATEGORY, AdapterPort, SimilarityPort, rank_input

@@ -290,3 +290,42 @@ def test_interrupt_half_way_leaves_nothing_behind(tmp_path):
     assert process.wait(timeout=60) == 130
     assert "interrupted" in os.read(ours, 10000).decode()
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["inspect", "BASE"]])
+def test_what_needs_no_weights_imports_no_torch(words, bases):
+    """The help of a command, and the header of a checkpoint of any size, come at once."""
+    words = [str(bases[0].files[0]) if word == "BASE" else word for word in words]
+    code = f"""
+import sys
+from lorax.cli import app
+try:
+    app({words!r})
+except SystemExit as end:
+    assert not end.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_inspect_tells_every_kind_of_file(run, bases, lora_file, tmp_path):
+    assert json.loads(run("inspect", bases[0].files[0], "--json")[0])["kind"] == "base"
+    assert json.loads(run("inspect", lora_file, "--json")[0])["format"] == "lora"
+    m = {"lora_unet_x.a1.weight": torch.ones(4, 2), "lora_unet_x.a2.weight": torch.ones(2, 4)}
+    m |= {"lora_unet_x.b1.weight": torch.ones(4, 2), "lora_unet_x.b2.weight": torch.ones(2, 4)}
+    for kind, tensors in {
+        "glora": m,
+        "diff": {"lora_unet_x.diff": torch.ones(4, 4)},
+        "dora": {
+            "unet.x.lora_A.weight": torch.ones(2, 4),
+            "unet.x.lora_B.weight": torch.ones(4, 2),
+            "unet.x.dora_scale": torch.ones(4, 1),
+        },
+    }.items():
+        save_file(tensors, tmp_path / "a.safetensors")
+        facts = json.loads(run("inspect", tmp_path / "a.safetensors", "--json")[0])
+        assert (facts["kind"], facts["format"]) == ("adapter", kind)
+        assert (facts["norm"] is None) == (kind != "diff")
+    assert "norm" in run("inspect", tmp_path / "a.safetensors")[0]

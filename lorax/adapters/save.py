@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import NumericsError, OptionError
 from ..families import Family
 from ..layers import Layer
+from ..options import NAMINGS
 from ..tensorfile import check_output, serialize, write_bytes
 from .diff import VectorLayer
 from .keys import FLATTENED, is_fused, module_name, parts_of
@@ -21,7 +22,6 @@ from .lora import LoraLayer, fuse
 from .lora_x import LoraXLayer
 from .model import Adapter
 
-NAMINGS = ("kohya", "diffusers", "original", "keep")
 # Metadata that is false for a changed file: kohya's hashes of the content, diffusers' scales (folded in here), what the
 # indexed format says of its indices, and the LoRA-X fields, which are written anew.
 STALE = re.compile(

@@ -1,0 +1,102 @@
+"""What the command line prints and draws."""
+
+import io
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from .errors import printable
+from .layers import Layer
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from .report import TransferReport
+    from .similarity import Similarity
+
+say = Console(highlight=False, soft_wrap=True)
+tell = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_similarity(result: "Similarity") -> None:
+    """Print the means of each kind of layer, over the layers of equal name."""
+    table = Table("kind", "pairs", "left", "right", "corrected", "chance", box=None, title="layers of equal name")
+    for kind in result.kinds:
+        pairs = kind.equal_names()
+        scores = [score for pair in pairs for score in pair]
+        cells = [
+            [left.phi for left, _ in pairs],
+            [right.phi for _, right in pairs],
+            [score.corrected for score in scores],
+            [score.chance for score in scores],
+        ]
+        table.add_row(kind.kind, str(len(pairs)), *(_mean(values) for values in cells))
+    say.print(table)
+
+
+def print_report(report: "TransferReport") -> None:
+    """Print what a transfer did, by kind of layer, and what to know and do."""
+    from .report import ARRIVED, Outcome
+
+    table = Table("kind of layer", "layers", "arrived", "similarity", "energy kept", box=None)
+    kinds: dict[str, list[Any]] = {}
+    for row in report.rows:
+        layer = Layer(row.source, ())
+        kinds.setdefault(f"{layer.component}:{layer.kind}", []).append(row)
+    for kind, rows in kinds.items():
+        arrived = sum(row.outcome in ARRIVED for row in rows)
+        similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])
+        table.add_row(escape(printable(kind)), str(len(rows)), str(arrived), similar, kept)
+    say.print(table)
+    for line in report.assignment.summary:
+        say.print(line, markup=False)
+    say.print(report.summary)
+    for row in report.rows:
+        if row.outcome is Outcome.KEPT:
+            say.print(f"kept unchanged: {row.source.partition('.')[0]} layers, {row.note}", markup=False)
+            break
+    for warning in report.warnings:
+        tell.print(f"[yellow]warning[/]: {escape(printable(warning))}")
+
+
+def _mean(values: list[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    return f"{sum(finite) / len(finite):.3f}" if finite else "-"
+
+
+def plain(value: Any) -> str:
+    """Return a value in the words of a table, safe for the terminal."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        value = [f"{key}: {entry}" for key, entry in cast("dict[Any, Any]", value).items()]
+    if isinstance(value, list):
+        value = ", ".join(map(str, cast("list[Any]", value)))
+    return escape(printable(f"{value:.4g}" if isinstance(value, float) else str(value)))
+
+
+def png(result: "Similarity | TransferReport") -> bytes:
+    """Return a result as a picture: a similarity as heat maps, a report as what each layer kept."""
+    from . import pictures
+    from .report import TransferReport
+
+    is_report = isinstance(result, TransferReport)
+    image = pictures.retained_picture(result) if is_report else pictures.similarity_picture(result)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@contextmanager
+def bar(what: str) -> Generator[Progress]:
+    """Show progress while the block runs, where there is a terminal; yields what `progress` arguments take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=tell, transient=True, disable=not tell.is_terminal) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total, _: shown.update(task, completed=done, total=total)

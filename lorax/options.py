@@ -1,0 +1,59 @@
+"""The choices and defaults of a transfer, each with its source."""
+
+from enum import StrEnum
+
+
+class Method(StrEnum):
+    """How an update is moved; the formulas are in `lorax.methods`."""
+
+    auto = "auto"
+    project = "project"
+    by_index = "index"
+    align = "align"
+    subspace_null = "subspace-null"
+    copy = "copy"
+
+
+class Matching(StrEnum):
+    """How blocks of the two bases are paired; see `lorax.matching`."""
+
+    auto = "auto"
+    by_name = "name"
+    in_order = "order"
+    argmax = "argmax"
+
+
+class Dora(StrEnum):
+    """How a DoRA is moved."""
+
+    direction = "direction"
+    dense = "dense"
+
+
+class Format(StrEnum):
+    """The form of the result."""
+
+    lora = "lora"
+    lora_x = "lora-x"
+
+
+class Naming(StrEnum):
+    """How the result spells its layers."""
+
+    keep = "keep"
+    kohya = "kohya"
+    diffusers = "diffusers"
+    original = "original"
+
+
+METHODS = tuple(map(str, Method))
+MATCHINGS = tuple(map(str, Matching))
+DORA = tuple(map(str, Dora))
+FORMATS = tuple(map(str, Format))
+NAMINGS = tuple(map(str, Naming))
+# The paper's setting for every pair of bases (arXiv 2501.16559, section 5).
+RANK = 320
+# Of a LoRA that is made of an update of another kind. Ours: no published rule; the report shows what it keeps.
+LORA_RANK = 64
+# What unrelated layers score after the correction: a layer that is no better than chance gets no update.
+THRESHOLD = 0.0
