@@ -69,20 +69,25 @@ class Mover:
 
     def _whole(self, own: AdapterLayer, parts: list[Layer]) -> Iterator[Move]:
         """Move an update that its kind cannot cut, of a fused weight: copied, or made dense and then cut."""
+        scale = own.parts().get("dora_scale")
+        stays = self.method in ("auto", "copy") and not self.lora_x and (scale is None or self.dora != "dense")
         weight = torch.cat([self.source.weight(part.name, self.device) for part in parts])
         places = [self.target.layers[found[0]] for part in parts if (found := self.targets.get(part.name))]
         if own.layer.matrix_shape != tuple(weight.shape):
             note = f"adapter {own.layer.matrix_shape}, source {tuple(weight.shape)}"
             yield Row(own.layer.name, "", Outcome.SHAPE_MISMATCH, note=note), None
-        elif self.method in ("auto", "copy") and not self.lora_x and self._alike(parts, places):
+        elif stays and self._alike(parts, places):
             layer = Layer(f"{places[0].component}.{places[0].original}", own.layer.shape, places[0].original)
             weight_t = torch.cat([self.target.weight(place.name, self.device) for place in places])
-            left, right = pair_scores(weight, weight_t)
+            pair = weight, weight_t
+            left, right = pair_scores(*pair)
             row = Row(own.layer.name, layer.name, Outcome.TRANSFERRED, "copy", 0, left, right, own.norm(weight))
             if row.corrected <= self.threshold:
                 yield replace(row, outcome=Outcome.BELOW_THRESHOLD, method=""), None
             else:
                 moved = own.moved(layer, self.dtype)
+                if scale is not None:
+                    moved = with_magnitude(moved, with_magnitude_of(scale, *(w.reshape(layer.shape) for w in pair)))
                 yield replace(row, target_norm=moved.norm(weight_t)), moved
         else:
             pieces = own.delta_weight(weight).cpu().split([part.shape[0] for part in parts])

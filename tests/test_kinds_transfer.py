@@ -229,6 +229,23 @@ def test_a_dora_keeps_the_ratio_of_its_magnitudes_or_moves_all_that_it_changes(b
         torch.testing.assert_close(dense(same.layers[NAME], source), dense(own, source), rtol=1e-3, atol=1e-5)
 
 
+def test_a_dora_of_a_fused_weight_that_cannot_be_cut_moves_as_any_dora(bases):
+    source, target = bases
+    own = kinds(QKV)["dora by input"]
+    parts = source.layers.find("transformer", QKV.original)
+    before, here = (torch.cat([base.weight(part.name) for part in parts]).double() for base in bases)
+    ratio = (before + own.delta_weight(before)).norm(dim=0) / before.norm(dim=0)
+    direction, _ = transfer_adapter(adapter_of(own), source, target)
+    (moved,) = direction.layers.values()
+    after = here + moved.delta_weight(here)
+    torch.testing.assert_close(after.norm(dim=0) / here.norm(dim=0), ratio, rtol=1e-4, atol=1e-4)
+    whole, _ = transfer_adapter(adapter_of(own), source, target, dora="dense", lora_rank=W)
+    arrived = torch.cat(
+        [dense(whole.layers[part.name], target) for part in source.layers.find("transformer", QKV.original)]
+    )
+    torch.testing.assert_close(arrived, own.delta_weight(before), rtol=1e-3, atol=1e-5)
+
+
 def test_a_dora_on_another_size_moves_all_that_it_changes(bases, tmp_path):
     source, _ = bases
     tensors = {f"{path}.weight": torch.randn(shape) for path, shape in flux(width=24).items()}

@@ -74,12 +74,9 @@ OUTPUTS, OUTPUTS_CONV = 1 + random(32, 1), 1 + random(32, 1, 1, 1)
 
 
 class Known:
-    """The one thing that expanding a LoRA-X asks of its base."""
+    """All that expanding a LoRA-X asks of its base."""
 
-    def __init__(self):
-        self.layers = {LINEAR.name: LINEAR}
-
-    def weight(self, name, device):
+    def fused_weight(self, layer, device):
         return BASE["linear.weight"]
 
     def fingerprint(self, name):
