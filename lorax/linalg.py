@@ -15,6 +15,14 @@ from .errors import OptionError
 # Singular values below this share of the first are noise: a Gram matrix in float64 carries them squared, with an error
 # of eps = 2.2e-16, so it resolves down to about sqrt(eps * size) = 5e-7.
 RESOLUTION = 1e-6
+# Rows of a Gram matrix that are computed at a time: few enough to leave out most of the mirrored half, enough for fast
+# products (160 to 320 measure alike on a CPU).
+GRAM_ROWS = 256
+# Directions beyond the rank that a single-precision basis takes along, so that its rounding stays out of the rank.
+SPARE = 64
+# A float32 Gram matrix carries squared singular values with an error of about 1e-6 of the largest: directions whose
+# singular value is below this share of the first are found in float64.
+SINGLE_RESOLUTION = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ def decompose(weight: Tensor, rank: int) -> Subspace:
         raise OptionError("a rank is at least 1", str(rank), "give a whole number from 1, for example 320")
     wide = weight.shape[0] <= weight.shape[1]
     matrix = (weight if wide else weight.T).double()
-    energy, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    energy, vectors = torch.linalg.eigh(gram(matrix))
     S, near = energy.clamp(min=0).sqrt().flip(0), vectors.flip(1)
     keep = min(rank, int((S[0] * RESOLUTION < S).sum()))
     S, near = S[:keep], near[:, :keep]
@@ -64,6 +72,52 @@ def decompose(weight: Tensor, rank: int) -> Subspace:
     U, V = (near, far) if wide else (far, near)
     signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     return Subspace((U * signs).float(), S.float(), (V * signs).T.contiguous().float())
+
+
+def leading_subspace(weight: Tensor, rank: int) -> Subspace:
+    """Compute the leading subspaces about twice as fast as `decompose`, for what needs only the projectors on them.
+
+    A basis of `rank + SPARE` directions from `eigh` of the Gram matrix in float32, then the Ritz values and vectors of
+    the weight in it, from a small Gram matrix in float64. The projectors differ from the exact ones by about 5e-6 (norm
+    of the difference by direction), as those of a float32 SVD do by 2e-6 to 4e-6; a spectrum that falls too far for
+    float32 goes to `decompose`.
+
+    Args:
+        weight: `[m, n]`, float32, finite.
+        rank: As in `decompose`.
+
+    Returns:
+        As in `decompose`, where single vectors in a cluster of singular values may be turned among each other.
+
+    Raises:
+        OptionError: `rank` is below 1.
+    """
+    size = min(weight.shape)
+    if rank < 1 or rank + SPARE >= size:
+        return decompose(weight, rank)
+    wide = weight.shape[0] <= weight.shape[1]
+    matrix = weight if wide else weight.T
+    energy, vectors = torch.linalg.eigh(gram(matrix))
+    if float(energy[-rank]) < SINGLE_RESOLUTION**2 * float(energy[-1]):
+        return decompose(weight, rank)
+    basis = vectors[:, -rank - SPARE :]
+    image = matrix.T @ basis
+    energy, turn = torch.linalg.eigh(gram(image.T.double()))
+    S, turn = energy[-rank:].sqrt().flip(0).float(), turn[:, -rank:].flip(1).float()
+    near, far = basis @ turn, (image @ turn) / S
+    U, V = (near, far) if wide else (far, near)
+    return Subspace(U, S, V.T)
+
+
+def gram(X: Tensor) -> Tensor:
+    """Return `X X^T`, `[d, d]` for `X [d, p]`, exactly symmetric, without computing most of its mirrored half."""
+    d = X.shape[0]
+    G = X.new_empty(d, d)
+    for i in range(0, d, GRAM_ROWS):
+        end = min(i + GRAM_ROWS, d)
+        G[i:, i:end] = X[i:] @ X[i:end].T
+        G[i:end, end:] = G[end:, i:end].T
+    return G
 
 
 def polar(matrix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .adapters.dora import with_magnitude_of
 from .adapters.layer import with_magnitude, without_magnitude
 from .base import Base
 from .layers import Layer
-from .linalg import Subspace, decompose, recompress
+from .linalg import Subspace, decompose, leading_subspace, recompress
 from .report import BOTH_RESIZED, Outcome, Row
 from .similarity import Score, pair_scores
 
@@ -145,10 +145,11 @@ class Mover:
         B, A = expand(own, self.source, self.device)
         note, rank = "", 0
         if method != "copy" or self.lora_x:
-            space_t = decompose(weight_t, self.rank)
+            space = leading_subspace if method in ("project", "subspace-null") and not self.lora_x else decompose
+            space_t = space(weight_t, self.rank)
             rank = space_t.rank
             if method != "copy":
-                space_s = decompose(weight_s, self.rank) if method != "project" else space_t
+                space_s = space(weight_s, self.rank) if method != "project" else space_t
                 B, A = _APPLY[method](B, A, space_s, space_t)
                 note = _note(layer_s, layer_t, space_t)
             if self.lora_x:

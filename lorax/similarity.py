@@ -15,7 +15,7 @@ from torch import Tensor
 from .base import Base
 from .errors import MismatchError, OptionError
 from .layers import Layer
-from .linalg import decompose
+from .linalg import gram, leading_subspace
 from .progress import Progress, silent
 
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
@@ -54,21 +54,21 @@ class _Side:
 def _sides(weight: Tensor, rank: int | None) -> tuple[_Side, _Side]:
     """Return the left (output) and the right (input) side: `W W^T` and `W^T W` have one trace and one norm."""
     if rank is not None:
-        space = decompose(weight, rank)
+        space = leading_subspace(weight, rank)
         energy = space.S.double().square()
         trace, norm = float(energy.sum()), float(energy.norm())
         left, right = (_held(space.U * space.S), _held(space.Vh.T * space.S))
     else:
         wide = weight.shape[0] <= weight.shape[1]
-        gram = weight @ weight.T if wide else weight.T @ weight
-        trace, norm = float(weight.double().square().sum()), float(torch.linalg.vector_norm(gram.double()))
-        left = gram if wide and gram.shape[0] <= GRAM_LIMIT else _held(weight)
-        right = gram if not wide and gram.shape[0] <= GRAM_LIMIT else _held(weight.T)
+        G = gram(weight if wide else weight.T)
+        trace, norm = float(G.diagonal().double().sum()), float(torch.linalg.vector_norm(G.double()))
+        left = G if wide and G.shape[0] <= GRAM_LIMIT else _held(weight)
+        right = G if not wide and G.shape[0] <= GRAM_LIMIT else _held(weight.T)
     return _Side(weight.shape[0], trace, norm, left), _Side(weight.shape[1], trace, norm, right)
 
 
 def _held(X: Tensor) -> Tensor:
-    return X @ X.T if X.shape[0] <= GRAM_LIMIT else X
+    return gram(X) if X.shape[0] <= GRAM_LIMIT else X
 
 
 def _scores(sources: list[_Side], targets: list[_Side]) -> list[list[Score]]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lorax import OptionError
-from lorax.linalg import decompose, norm, polar, recompress
+from lorax.linalg import decompose, gram, leading_subspace, norm, polar, recompress, refactor
 
 
 def randn(*shape, seed=0):
@@ -100,3 +100,46 @@ def test_recompress_is_the_best_approximation():
 def test_polar_solves_procrustes():
     X, Q = randn(40, 12), torch.linalg.qr(randn(12, 12, seed=3))[0]
     torch.testing.assert_close(polar(X.T @ (X @ Q)), Q, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (256, 256), (257, 100), (700, 300)])
+def test_gram_is_the_product_and_symmetric(shape):
+    X = randn(*shape).float()
+    assert torch.equal(gram(X), gram(X).T)
+    torch.testing.assert_close(gram(X).double(), X.double() @ X.double().T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (300, 420), (420, 300)], ids=str)
+@pytest.mark.parametrize("decay", [0.3, 0.5, 0.8, 1.5, 2.5])
+def test_leading_subspaces_project_as_torch_svd_does(shape, decay):
+    """Among them spectra that fall too far for float32, from which `decompose` takes over."""
+    rank = 100
+    weight = with_spectrum(*shape, [i**-decay for i in range(1, 301)]).float().double()
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    space = leading_subspace(weight.float(), rank)
+    torch.testing.assert_close(space.S.double(), S[: space.rank], rtol=1e-4, atol=1e-6)
+    for ours, exact in ((space.U, U[:, : space.rank]), (space.Vh.T, Vh[: space.rank].T)):
+        outside = ours.double() - exact @ (exact.T @ ours.double())
+        assert float(outside.norm()) / space.rank**0.5 < 3e-5
+        torch.testing.assert_close(ours.T @ ours, torch.eye(space.rank), rtol=0, atol=3e-5)
+    torch.testing.assert_close(weight.float() @ space.Vh.T, space.U * space.S, rtol=0, atol=1e-5)
+
+
+def test_small_weights_and_high_ranks_are_decomposed_exactly():
+    weight = randn(80, 90).float()
+    for rank in (20, 80):
+        ours, exact = leading_subspace(weight, rank), decompose(weight, rank)
+        assert torch.equal(ours.U, exact.U)
+    with pytest.raises(OptionError, match="at least 1"):
+        leading_subspace(weight, 0)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 20])
+def test_refactor_is_the_best_approximation(rank):
+    update = randn(30, 20).float()
+    B, A = refactor(update, rank)
+    U, S, Vh = torch.linalg.svd(update.double(), full_matrices=False)
+    torch.testing.assert_close((B @ A).double(), (U[:, :rank] * S[:rank]) @ Vh[:rank], rtol=0, atol=1e-5)
+    B, A = refactor(torch.zeros(4, 6), 3)
+    assert (B.shape, A.shape) == ((4, 1), (1, 6))
+    assert not bool((B @ A).any())
