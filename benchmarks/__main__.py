@@ -59,6 +59,9 @@ def main() -> None:
                     row["peak_limit_gb"] = LIMITS[work]
                 results.append(row)
                 print(row, flush=True)
+            row = {"work": work, **run("ours-fast", folder, "project", device)}
+            results.append(row)
+            print(row, flush=True)
             row = {"work": work, **run("svd-loop", folder, "project", device)}
             results.append(row)
             print(row, flush=True)

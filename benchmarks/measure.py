@@ -42,11 +42,11 @@ def make(work: str, folder: Path, channels: int) -> None:
     save_file(tensors, folder / "lora.safetensors")
 
 
-def ours(folder: Path, method: str, device: str) -> dict[str, str]:
+def ours(folder: Path, method: str, device: str, *, fast: bool) -> dict[str, str]:
     """Transfer as the command line does, files included; return the source of each layer of the target."""
     source, target = open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
     adapter = load_adapter(folder / "lora.safetensors", source)
-    result, report = transfer_adapter(adapter, source, target, method=method, device=device)
+    result, report = transfer_adapter(adapter, source, target, method=method, device=device, fast=fast)
     save_adapter(result, folder / "out.safetensors")
     return {row.target: row.source for row in report.rows if row.target}
 
@@ -91,7 +91,7 @@ def main() -> None:
         return
     folder, method, device = Path(words[0]), words[1], words[2]
     start = time.perf_counter()
-    pairs = ours(folder, method, device) if what == "ours" else svd_loop(folder, device)
+    pairs = svd_loop(folder, device) if what == "svd-loop" else ours(folder, method, device, fast=what == "ours-fast")
     row = {
         "who": what,
         "method": method,

@@ -160,6 +160,9 @@ def transfer(
     report_file: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON.")] = None,
     png_file: Annotated[Path | None, typer.Option("--png", help="Draw what each layer kept.")] = None,
     device: DeviceOption = Device.auto,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Subspaces about twice as fast, the update right to about 1e-4.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if any layer gets no update.")] = False,
 ) -> None:
     """Move an adapter from its source base to a target base."""
@@ -189,6 +192,7 @@ def transfer(
             output_format=output_format.value,
             dtype=_dtype(dtype),
             device=_device(device),
+            fast=fast,
             strict=strict,
             progress=progress,
         )

@@ -78,9 +78,9 @@ def leading_subspace(weight: Tensor, rank: int) -> Subspace:
     """Compute the leading subspaces about twice as fast as `decompose`, for what needs only the projectors on them.
 
     A basis of `rank + SPARE` directions from `eigh` of the Gram matrix in float32, then the Ritz values and vectors of
-    the weight in it, from a small Gram matrix in float64. The projectors differ from the exact ones by about 5e-6 (norm
-    of the difference by direction), as those of a float32 SVD do by 2e-6 to 4e-6; a spectrum that falls too far for
-    float32 goes to `decompose`.
+    the weight in it, from a small Gram matrix in float64. Measured on 1280 x 1280 weights at rank 320, the directions
+    leave the exact subspace by 5e-6 (mean) and a projected update differs by 2e-5 to 9e-5; with a float32 SVD it is
+    2e-6 and 1e-5. A spectrum that falls too far for float32 goes to `decompose`.
 
     Args:
         weight: `[m, n]`, float32, finite.

@@ -42,6 +42,7 @@ class Mover:
     lora_x: bool
     dtype: torch.dtype | None
     device: str
+    fast: bool
 
     def move(self, own: AdapterLayer) -> Iterator[Move]:
         """Yield what becomes of one layer of an adapter: a row for each place where it arrives or does not."""
@@ -145,7 +146,8 @@ class Mover:
         B, A = expand(own, self.source, self.device)
         note, rank = "", 0
         if method != "copy" or self.lora_x:
-            space = leading_subspace if method in ("project", "subspace-null") and not self.lora_x else decompose
+            projects = method in ("project", "subspace-null") and not self.lora_x
+            space = leading_subspace if self.fast and projects else decompose
             space_t = space(weight_t, self.rank)
             rank = space_t.rank
             if method != "copy":

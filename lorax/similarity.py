@@ -15,7 +15,7 @@ from torch import Tensor
 from .base import Base
 from .errors import MismatchError, OptionError
 from .layers import Layer
-from .linalg import gram, leading_subspace
+from .linalg import decompose, gram
 from .progress import Progress, silent
 
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
@@ -54,7 +54,7 @@ class _Side:
 def _sides(weight: Tensor, rank: int | None) -> tuple[_Side, _Side]:
     """Return the left (output) and the right (input) side: `W W^T` and `W^T W` have one trace and one norm."""
     if rank is not None:
-        space = leading_subspace(weight, rank)
+        space = decompose(weight, rank)
         energy = space.S.double().square()
         trace, norm = float(energy.sum()), float(energy.norm())
         left, right = (_held(space.U * space.S), _held(space.Vh.T * space.S))

@@ -33,6 +33,7 @@ def transfer_adapter(
     output_format: str = "lora",
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    fast: bool = False,
     strict: bool = False,
     similarity: Similarity | None = None,
     progress: Progress = silent,
@@ -57,6 +58,8 @@ def transfer_adapter(
         output_format: `lora`: factors of the rank of the input; `lora-x`: singular values of the target.
         dtype: Of the factors of the result; None takes that of the input. Half precision rounds by 3e-4.
         device: Where to compute, such as `cpu` or `cuda`.
+        fast: Find the subspaces of `project` and `subspace-null` about twice as fast, the update right to about 1e-4
+            instead of 1e-6; see `lorax.linalg.leading_subspace`.
         strict: Raise if any layer gets no update.
         similarity: A comparison of these two bases; its scores are used instead of comparing the layers again.
         progress: Called with (done, total, layer name); an exception that it raises stops the work.
@@ -102,6 +105,7 @@ def transfer_adapter(
         output_format == "lora-x",
         dtype,
         device,
+        fast,
     )
     moved: dict[str, AdapterLayer] = {}
     place = {name: i for i, name in enumerate(source.layers)}

@@ -3,6 +3,8 @@
 Takes some minutes: two bases of 860 M parameters are made, and the reference is a full SVD in float64 of every layer.
 """
 
+import os
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -11,6 +13,15 @@ from safetensors.torch import save_file
 from demo.synthetic import base_tensors
 from lorax import Outcome, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.families import families
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_threads():
+    """Here the matrices are large."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

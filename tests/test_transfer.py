@@ -101,6 +101,21 @@ def test_a_known_similarity_is_used_instead_of_comparing_again(bases, lora, monk
         transfer_adapter(lora, bases[0], renamed, similarity=known)
 
 
+def test_fast_projection_is_right_to_its_bound(lora, tmp_path):
+    wide = {"model_channels": 192, "text": False}
+    pair = [small_base(tmp_path / f"{change}.safetensors", change=change, **wide) for change in (0.0, 0.2)]
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    m, n = pair[0].layers[name].matrix_shape
+    own = LoraLayer(pair[0].layers[name], torch.randn(m, 4), torch.randn(4, n))
+    adapter = Adapter("a", pair[0].family, "kohya", {name: own})
+    for method in ("project", "subspace-null"):
+        exact, fast = (
+            transfer_adapter(adapter, *pair, method=method, rank=100, fast=fast)[0].layers[name].delta_weight()
+            for fast in (False, True)
+        )
+        assert 0 < float((exact - fast).norm() / exact.norm()) < 1e-4
+
+
 def test_inputs_never_change(bases, lora):
     before = {name: (own.lora_up.clone(), own.lora_down.clone()) for name, own in lora.layers.items()}
     files = [base.files[0].read_bytes() for base in bases]
