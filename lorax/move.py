@@ -105,15 +105,16 @@ class Mover:
         layer_s, layer_t = self.source.layers.get(own.layer.name), self.target.layers.get(place)
         row = Row(own.layer.name, place, Outcome.TRANSFERRED)
         fits = layer_s is not None and (not own.layer.shape or own.layer.matrix_shape == layer_s.matrix_shape)
-        weight_s = self.source.weight(own.layer.name, self.device) if fits else None
+        read = fits and (layer_t is not None or own.needs_weight)
+        weight_s = self.source.weight(own.layer.name, self.device) if read else None
         if fits or isinstance(own, LoraXLayer) or not own.needs_weight:
             row = replace(row, source_norm=own.norm(weight_s))
         if layer_s is None:
             return replace(row, outcome=Outcome.NO_SOURCE_LAYER), None
-        if weight_s is None:
+        if not fits:
             note = f"adapter {own.layer.matrix_shape}, source {layer_s.matrix_shape}"
             return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
-        if layer_t is None:
+        if layer_t is None or weight_s is None:
             return replace(row, outcome=Outcome.NO_TARGET_LAYER), None
         sizes, sizes_t = layer_s.matrix_shape, layer_t.matrix_shape
         method = _method(self.method, own, resized=sizes != sizes_t)
