@@ -11,6 +11,7 @@ from torch import Tensor
 from demo.pruned import noisy
 from demo.synthetic import falling
 from lorax.adapters import LoraLayer
+from lorax.adapters.layer import with_magnitude
 from lorax.layers import Layer
 from lorax.linalg import refactor
 from lorax.options import LORA_RANK
@@ -41,7 +42,7 @@ def main() -> None:
         target = noisy(source, noise, generator) * (1 + length * torch.randn(SIZE, 1, generator=generator))
         B, A = refactor(update, LORA_RANK)
         for way, moved in {
-            "direction": own.with_magnitude_of(layer, source, target).delta_weight(target),
+            "direction": with_magnitude(own, own.magnitude_on(source, target)).delta_weight(target),
             "dense": B @ A,
             "the file as it is": own.delta_weight(target),
         }.items():

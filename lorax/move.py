@@ -8,7 +8,6 @@ from torch import Tensor
 
 from . import methods
 from .adapters import AdapterLayer, DiffLayer, LoraLayer, LoraXLayer, VectorLayer, expand
-from .adapters.dora import with_magnitude_of
 from .adapters.layer import with_magnitude, without_magnitude
 from .base import Base
 from .layers import Layer
@@ -80,15 +79,14 @@ class Mover:
         elif stays and self._alike(parts, places):
             layer = Layer(f"{places[0].component}.{places[0].original}", own.layer.shape, places[0].original)
             weight_t = torch.cat([self.target.weight(place.name, self.device) for place in places])
-            pair = weight, weight_t
-            left, right = pair_scores(*pair)
+            left, right = pair_scores(weight, weight_t)
             row = Row(own.layer.name, layer.name, Outcome.TRANSFERRED, "copy", 0, left, right, own.norm(weight))
             if row.corrected <= self.threshold:
                 yield replace(row, outcome=Outcome.BELOW_THRESHOLD, method=""), None
             else:
                 moved = own.moved(layer, self.dtype)
                 if scale is not None:
-                    moved = with_magnitude(moved, with_magnitude_of(scale, *(w.reshape(layer.shape) for w in pair)))
+                    moved = with_magnitude(moved, own.magnitude_on(weight, weight_t))
                 yield replace(row, target_norm=moved.norm(weight_t)), moved
         else:
             pieces = own.delta_weight(weight).cpu().split([part.shape[0] for part in parts])
@@ -132,8 +130,7 @@ class Mover:
         else:
             plain = without_magnitude(own)
             result, rank, note = self._moved(plain, method, (layer_s, weight_s), (layer_t, weight_t))
-            pair = weight_s.reshape(layer_s.shape), weight_t.reshape(layer_s.shape)
-            result = with_magnitude(result, with_magnitude_of(scale, *pair))
+            result = with_magnitude(result, own.magnitude_on(weight_s, weight_t))
         return replace(row, rank=rank, target_norm=result.norm(weight_t), note=note), result
 
     def _moved(

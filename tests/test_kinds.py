@@ -37,6 +37,7 @@ from lorax.adapters import (
     fuse,
 )
 from lorax.adapters.kinds import KINDS
+from lorax.adapters.layer import with_magnitude
 from lorax.errors import FormatError, MismatchError
 from lorax.layers import Layer
 
@@ -288,11 +289,11 @@ def test_the_magnitude_keeps_its_ratio_on_another_base(per_output):
         return flat.norm(dim=1).reshape(shape)
 
     dora = LoraLayer(layer, random(6, 2), random(2, 45), None, None, (ratio * norms(W_s)).float())
-    moved = dora.with_magnitude_of(layer, W_s, W_t)
+    moved = with_magnitude(dora, dora.magnitude_on(W_s, W_t))
     torch.testing.assert_close(
         norms(W_t + moved.delta_weight(W_t).reshape(W_t.shape)) / norms(W_t), ratio.double(), rtol=1e-6, atol=0
     )
-    same = dora.with_magnitude_of(layer, W_s, W_s)
+    same = with_magnitude(dora, dora.magnitude_on(W_s, W_s))
     torch.testing.assert_close(same.dora_scale, dora.dora_scale)
 
 

@@ -21,6 +21,7 @@ from lorax.adapters import (
 )
 from lorax.convert import convert_to_lora
 from lorax.layers import Layer
+from tests.conftest import small_base
 
 W = 16
 NAME = "transformer.transformer_blocks.0.attn.to_q"
@@ -281,3 +282,17 @@ def test_mixed_kinds_in_one_file_and_a_bad_one_among_them(bases, tmp_path):
     result, report = transfer_adapter(adapter, source, target)
     assert len(result.layers) == report.arrived == 3
     assert any(bad in text for text in report.warnings) or len(adapter.unused) > 1
+
+
+def test_a_dora_written_for_a_linear_layer_fits_a_convolution_of_one_by_one(tmp_path):
+    """Some trainers flatten 1x1 convolutions; the magnitude follows into the shape of the base's weight."""
+    source, target = (small_base(tmp_path / f"{change}.safetensors", change=change) for change in (0.0, 0.2))
+    layer = source.layers["unet.mid_block.attentions.0.proj_in"]
+    m, n = layer.matrix_shape
+    assert layer.shape == (m, n, 1, 1)
+    own = kinds(Layer(layer.name, (m, n), layer.original))["dora"]
+    before, here = source.weight(layer.name), target.weight(layer.name)
+    result, _ = transfer_adapter(adapter_of(own), source, target)
+    ratio = (before + own.delta_weight(before)).norm(dim=1) / before.norm(dim=1)
+    after = here + result.layers[layer.name].delta_weight(here)
+    torch.testing.assert_close(after.norm(dim=1) / here.norm(dim=1), ratio, rtol=1e-4, atol=1e-4)

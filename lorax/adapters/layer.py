@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import FormatError, MismatchError
 from ..layers import Layer
 from ..linalg import norm
-from .dora import decomposed
+from .dora import decomposed, with_magnitude_of
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -201,6 +201,16 @@ class AdapterLayer(ABC):
         changes: dict[str, Any] = {"layer": layer, **cast}
         return replace(self, **changes)
 
+    def magnitude_on(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return its `dora_scale` for another base, in its ratio to the weight: see `lorax.adapters.dora`.
+
+        Args:
+            source: The weight that it was trained on, in any shape of `m * n` numbers.
+            target: The weight of the other base, of as many.
+        """
+        shape = self.layer.shape
+        return with_magnitude_of(self.parts()["dora_scale"], source.reshape(shape), target.reshape(shape))
+
     def cut(self, layers: Iterable[Layer]) -> "list[Self] | None":
         """Return the update of a fused weight as updates of its parts; None where this kind cannot be cut.
 
@@ -311,6 +321,7 @@ def without_magnitude(own: AdapterLayer) -> AdapterLayer:
 
 
 def with_magnitude(own: AdapterLayer, dora_scale: Tensor) -> AdapterLayer:
-    """Return an update with a `dora_scale`, in the dtype of the update."""
-    changes: dict[str, Any] = {"dora_scale": dora_scale.to("cpu", own.dtype)}
+    """Return an update with a `dora_scale`, in the dtype of the update and as its layer has it."""
+    shape = magnitude_shape(tuple(dora_scale.shape), own.layer.shape) or dora_scale.shape
+    changes: dict[str, Any] = {"dora_scale": dora_scale.to("cpu", own.dtype).reshape(shape)}
     return replace(own, **changes)

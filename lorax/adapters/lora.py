@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..layers import Layer
-from .dora import with_magnitude_of
 from .layer import AdapterLayer, Parts, Shape, Shapes, misfit, stacked
 
 
@@ -106,19 +105,6 @@ class LoraLayer(AdapterLayer):
     def _row_axes(self) -> dict[str, int] | None:
         per_output = self.dora_scale is None or self.dora_scale.shape[0] == self.lora_up.shape[0]
         return {"lora_up": 0, "dora_scale": 0} if per_output else None
-
-    def with_magnitude_of(self, layer: Layer, source: Tensor, target: Tensor) -> "LoraLayer":
-        """Return a DoRA for another base: the same direction factors, the ratio of the magnitudes kept.
-
-        Args:
-            layer: The layer of the other base.
-            source: The weight that it was trained on, in the shape of `self.layer`.
-            target: The weight of the other base, of the same shape.
-        """
-        if self.dora_scale is None:
-            return self.moved(layer)
-        scale = with_magnitude_of(self.dora_scale, source.reshape(self.layer.shape), target.reshape(self.layer.shape))
-        return replace(self.moved(layer), dora_scale=scale)
 
 
 def fuse(parts: Sequence[LoraLayer], layer: Layer) -> LoraLayer:
