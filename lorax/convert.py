@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from .adapters import Adapter, AdapterLayer, LoraLayer, LoraXLayer, VectorLayer, expand
 from .base import Base
-from .errors import MismatchError, OptionError
-from .linalg import decompose, norm
+from .errors import MismatchError
+from .linalg import check_positive, decompose, norm
 from .options import LORA_RANK, RANK
 from .progress import Progress, silent
 from .similarity import check_rank
@@ -35,8 +35,7 @@ def convert_to_lora(
         MismatchError: A layer without the source base that it needs.
         OptionError: `rank` is below 1.
     """
-    if rank < 1:
-        raise OptionError("a rank is at least 1", str(rank), "give a whole number, for example 64")
+    check_positive(rank)
     adapter = adapter if source is None else adapter.resolved(source)
     layers: dict[str, AdapterLayer] = {}
     for done, (name, own) in enumerate(adapter.layers.items(), 1):

@@ -43,6 +43,16 @@ class Subspace:
         return ((self.U.T @ B) * (A @ self.Vh.T).T).sum(1)
 
 
+def check_positive(rank: int, name: str = "rank") -> None:
+    """Refuse a rank below 1.
+
+    Raises:
+        OptionError: It is.
+    """
+    if rank < 1:
+        raise OptionError("a rank is at least 1", f"{name} {rank}", "give a whole number from 1, for example 64")
+
+
 def decompose(weight: Tensor, rank: int) -> Subspace:
     """Compute the leading singular triplets, exactly, through the smaller Gram matrix in float64.
 
@@ -60,8 +70,7 @@ def decompose(weight: Tensor, rank: int) -> Subspace:
     Raises:
         OptionError: `rank` is below 1.
     """
-    if rank < 1:
-        raise OptionError("a rank is at least 1", str(rank), "give a whole number from 1, for example 320")
+    check_positive(rank)
     wide = weight.shape[0] <= weight.shape[1]
     matrix = (weight if wide else weight.T).double()
     energy, vectors = torch.linalg.eigh(gram(matrix))

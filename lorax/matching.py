@@ -18,7 +18,7 @@ from .base import Base
 from .errors import FormatError, OptionError
 from .layers import Layer, LayerTable
 from .options import MATCHINGS
-from .progress import Progress, silent
+from .progress import Progress, counter, silent
 from .similarity import Score, score_layers
 
 ASSIGNMENT_SCHEMA = "lorax-assignment"
@@ -145,15 +145,9 @@ def match_bases(
             ways |= dict.fromkeys((block.name for block in blocks_t), "name")
     roles = [pair for blocks in compared for pair in _roles(*blocks)]
     new = [(s, t) for s, t in roles if any((x.name, y.name) not in scores for x in s for y in t)]
-    total, done = sum(len(s) + len(t) for s, t in new), 0
-
-    def tick(_: int, __: int, name: str) -> None:
-        nonlocal done
-        done += 1
-        progress(min(done, total), total, name)
-
+    tick = counter(progress, sum(len(s) + len(t) for s, t in new))
     for sources, targets in new:
-        scores |= score_layers(source, target, sources, targets, device=device, progress=tick)
+        scores |= score_layers(source, target, sources, targets, device=device, tick=tick)
     for blocks_s, blocks_t in compared:
         found, way = (_argmax if matching == "argmax" else _in_order)(blocks_s, blocks_t, scores)
         pairs |= found

@@ -8,3 +8,15 @@ Progress = Callable[[int, int, str], None]
 
 def silent(done: int, total: int, what: str) -> None:
     """Say nothing: the default."""
+
+
+def counter(progress: Progress, total: int) -> Callable[[str], None]:
+    """Return a function to be called with the name of each thing that is done; it counts, at most to `total`."""
+    done = 0
+
+    def tick(what: str) -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, total), total, what)
+
+    return tick

@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from .base import Base
 from .errors import MismatchError, OptionError
 from .layers import Layer
 from .linalg import decompose, gram
-from .progress import Progress, silent
+from .progress import Progress, counter, silent
 
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
 GRAM_LIMIT = 4096
@@ -182,16 +182,10 @@ def compare_bases(
         got = f"{source.name} ({source.family.label}) and {target.name} ({target.family.label})"
         raise MismatchError("the two bases share no kind of layer", got, "compare bases of related families")
     check_rank(rank, (layer for s, t in kinds.values() for layer in s + t))
-    total, done = sum(len(s) + len(t) for s, t in kinds.values()), 0
-
-    def tick(_: int, __: int, name: str) -> None:
-        nonlocal done
-        done += 1
-        progress(min(done, total), total, name)
-
+    tick = counter(progress, sum(len(s) + len(t) for s, t in kinds.values()))
     result = Similarity(source.name, target.name, rank, (source.identity(), target.identity()))
     for kind, (sources, targets) in kinds.items():
-        scores = score_layers(source, target, sources, targets, rank=rank, device=device, progress=tick)
+        scores = score_layers(source, target, sources, targets, rank=rank, device=device, tick=tick)
         left, right = ([[scores[s.name, t.name][side] for t in targets] for s in sources] for side in (0, 1))
         result.kinds.append(KindSimilarity(kind, sources, targets, left, right))
     return result
@@ -205,7 +199,7 @@ def score_layers(
     *,
     rank: int | None = None,
     device: str = "cpu",
-    progress: Progress = silent,
+    tick: Callable[[str], None],
 ) -> dict[tuple[str, str], tuple[Score, Score]]:
     """Compare every one of some source layers with every one of some target layers, on both sides.
 
@@ -216,24 +210,21 @@ def score_layers(
         targets: Layers of the target.
         rank: Compare only the leading triplets; None compares whole layers.
         device: Where to compute.
-        progress: Called for each layer that was read.
+        tick: Called with the name of each layer that was read.
 
     Returns:
         Left and right score by (source layer name, target layer name).
     """
     scores: dict[tuple[str, str], tuple[Score, Score]] = {}
-    total, done = len(sources) + len(targets), 0
 
     def hold(base: Base, layers: Iterator[Layer], budget: int) -> dict[str, tuple[_Side, _Side]]:
         """Take layers until what is held of them fills the budget."""
-        nonlocal done
         held: dict[str, tuple[_Side, _Side]] = {}
         size = 0
         while (size < budget or not held) and (layer := next(layers, None)) is not None:
             held[layer.name] = _sides(base.weight(layer.name, device), rank)
             size += sum(side.held.nbytes for side in held[layer.name])
-            done += 1
-            progress(min(done, total), total, layer.name)
+            tick(layer.name)
         return held
 
     waiting = iter(sources)

@@ -9,6 +9,7 @@ from .adapters import Adapter, AdapterLayer, LoraXLayer
 from .base import Base
 from .errors import MismatchError, OptionError
 from .layers import Layer
+from .linalg import check_positive
 from .matching import Assignment, match_bases
 from .move import Mover
 from .options import DORA, FORMATS, LORA_RANK, METHODS, RANK, THRESHOLD
@@ -144,8 +145,7 @@ def _check_arrived(report: TransferReport, strict: bool) -> None:
 
 def _check_numbers(rank: int | None, lora_rank: int, threshold: float, source: Base, target: Base) -> None:
     check_rank(rank, [*source.layers.values(), *target.layers.values()])
-    if lora_rank < 1:
-        raise OptionError("a rank is at least 1", f"lora_rank {lora_rank}", "give a whole number, for example 64")
+    check_positive(lora_rank, "lora_rank")
     if not (math.isfinite(threshold) and threshold < 1):
         raise OptionError("the threshold is out of range", str(threshold), "give a number below 1")
 

@@ -1,9 +1,11 @@
 """Nodes that read and write adapter files."""
 
 import os
+from collections.abc import Container
 from dataclasses import replace
 
 from ..lorax.adapters import Adapter, LoraXLayer, load_adapter, save_adapter
+from ..lorax.base import Base
 from ..lorax.convert import convert_to_lora
 from ..lorax.errors import OptionError
 from . import host
@@ -102,7 +104,10 @@ class LoraXSave(io.ComfyNode):
         if form == FORMS[2] and adapter.kind != "lora-x":
             raise OptionError("this adapter is not a LoRA-X", adapter.name, "put Convert to LoRA-X before this node")
         if form != FORMS[2] and any(isinstance(layer, LoraXLayer) for layer in adapter.layers.values()):
-            adapter = _expanded(adapter, model)
+            if model is None:
+                message = "a LoRA-X needs its base model to become a LoRA"
+                raise OptionError(message, adapter.name, "connect the model input")
+            adapter = expanded(adapter, host.open_model(model), set(adapter.layers))
         naming = "diffusers" if form == FORMS[1] else "kohya"
         path, name = host.free_path(folder, filename_prefix)
         save_adapter(adapter, path, naming=naming, overwrite=False)
@@ -110,11 +115,9 @@ class LoraXSave(io.ComfyNode):
         return io.NodeOutput(path, ui=ui.PreviewText(name))
 
 
-def _expanded(adapter: Adapter, model: object) -> Adapter:
-    if model is None:
-        raise OptionError("a LoRA-X needs its base model to become a LoRA", adapter.name, "connect the model input")
-    base = host.open_model(model)
-    changes = {name: layer for name, layer in adapter.layers.items() if isinstance(layer, LoraXLayer)}
+def expanded(adapter: Adapter, base: Base, names: Container[str]) -> Adapter:
+    """Return an adapter with those of its LoRA-X layers that are in `names` expanded on their base."""
+    changes = {name: own for name, own in adapter.layers.items() if isinstance(own, LoraXLayer) and name in names}
     lora = host.compute(
         lambda device, progress: convert_to_lora(
             replace(adapter, layers=changes), base, device=device, progress=progress

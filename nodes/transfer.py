@@ -1,15 +1,15 @@
 """Nodes that move, change and apply adapters."""
 
-from dataclasses import replace
 from weakref import WeakKeyDictionary, ref
 
 from ..lorax.adapters import Adapter, LoraXLayer
-from ..lorax.convert import convert_to_lora, convert_to_lora_x
+from ..lorax.convert import convert_to_lora_x
 from ..lorax.options import DORA, MATCHINGS, METHODS
 from ..lorax.report import WEAK
 from ..lorax.similarity import highest_rank
 from ..lorax.transfer import transfer_adapter
 from . import host
+from .files import expanded
 from .host import io, ui
 from .types import CATEGORY, AdapterPort, SimilarityPort, rank_input
 
@@ -226,15 +226,7 @@ def _expand(adapter: Adapter, model, clip) -> Adapter:
     if known is not None and known[0]() is model.model and known[1] == patches:
         return known[2]
     base = host.open_model(model, clip)
-    here = {
-        name: layer
-        for name, layer in adapter.layers.items()
-        if isinstance(layer, LoraXLayer) and layer.layer.component in base.components
-    }
-    expanded = host.compute(
-        lambda device, progress: convert_to_lora(replace(adapter, layers=here), base, device=device, progress=progress),
-        len(here),
-    )
-    expanded = replace(expanded, layers={**adapter.layers, **expanded.layers})
-    _expanded[adapter] = (ref(model.model), patches, expanded)
-    return expanded
+    here = {name for name, own in adapter.layers.items() if own.layer.component in base.components}
+    result = expanded(adapter, base, here)
+    _expanded[adapter] = (ref(model.model), patches, result)
+    return result

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
+from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FouraLayer(AdapterLayer):
+class FouraLayer(ScaledLayer):
     """`delta_weight = alpha / rank * foura_up @ C @ foura_down`, `C = Re(F^H diag(foura_gate) F)`.
 
     `F` is the unitary discrete Fourier transform on the rank axis, so `C [k, k]` is a real circulant:
@@ -49,11 +49,6 @@ class FouraLayer(AdapterLayer):
         return self.foura_down.shape[0]
 
     @property
-    def scale(self) -> float:
-        """`alpha / rank`."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
     def is_thin(self) -> bool:
         """It is."""
         return True
@@ -71,9 +66,6 @@ class FouraLayer(AdapterLayer):
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         B, A = self._factors(parts)
         return B @ A
-
-    def _stored_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
 
     def _row_axes(self) -> dict[str, int]:
         return {"foura_up": 0}

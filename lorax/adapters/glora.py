@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import MismatchError
-from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
+from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GloraLayer(AdapterLayer):
+class GloraLayer(ScaledLayer):
     """`delta_weight = alpha / rank * (W @ a1 @ a2 + b1 @ b2)`, for a convolution with `W a1 a2` over its inputs.
 
     Files of early LyCORIS hold the same factors the other way round, `W @ a2 @ a1 + b2 @ b1`; the shapes tell which.
@@ -70,11 +70,6 @@ class GloraLayer(AdapterLayer):
         """The inner size `k`."""
         return self.a1.shape[0 if self.is_early else 1]
 
-    @property
-    def scale(self) -> float:
-        """`alpha / rank`."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         if weight is None:  # delta_weight has seen to it
             raise MismatchError("a GLoRA update needs the weight", self.layer.name, "give the source base")
@@ -83,9 +78,6 @@ class GloraLayer(AdapterLayer):
             return (weight.flatten(1) @ a2 @ a1 + b2 @ b1) * self.scale
         changed = torch.einsum("oi...,ij,jn->on...", weight, a1, a2)
         return (changed + (b1 @ b2).reshape(weight.shape)) * self.scale
-
-    def _stored_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
 
 
 def _orders(shapes: Shapes) -> list[tuple[Shape, ...]]:

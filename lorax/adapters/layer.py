@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -245,6 +245,22 @@ class AdapterLayer(ABC):
             got = f"{self.layer.name} ({self.kind}), given {'none' if weight is None else list(weight.shape)}"
             raise MismatchError("this kind of update needs the weight of its base", got, "give the source base")
         return weight.reshape(self.layer.shape or weight.shape)
+
+
+class ScaledLayer(AdapterLayer):
+    """An update with an inner size, by which its `alpha` is divided."""
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+        alpha: float | None
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`; 1 without an alpha."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def _stored_alpha(self) -> float | None:
+        return float(self.rank if self.alpha is None else self.alpha)
 
 
 _DENSE = "use delta_weight"

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
+from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LohaLayer(AdapterLayer):
+class LohaLayer(ScaledLayer):
     """`delta_weight = alpha / rank * (hada_w1_a @ hada_w1_b) * (hada_w2_a @ hada_w2_b)`, the middle product by element.
 
     With `hada_t1`, `hada_t2` (the tucker form of a convolution) each matrix product becomes
@@ -50,17 +50,9 @@ class LohaLayer(AdapterLayer):
         """The inner size `k` of both products; the update itself can have rank `k * k`."""
         return self.hada_w1_b.shape[0]
 
-    @property
-    def scale(self) -> float:
-        """`alpha / rank`."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         first, second = (_rebuilt(parts, number) for number in "12")
         return first * second * self.scale
-
-    def _stored_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
 
     def _row_axes(self) -> dict[str, int] | None:
         axis = 0 if self.hada_t1 is None else 1

@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
+from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
 from .loha import tucker
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LokrLayer(AdapterLayer):
+class LokrLayer(ScaledLayer):
     """`delta_weight = scale * kron(w1, w2)`.
 
     `w1 [a, c]` is `lokr_w1` or `lokr_w1_a @ lokr_w1_b`; `w2 [b, d]` or `[b, d, kh, kw]` is `lokr_w2`, or
@@ -67,9 +67,6 @@ class LokrLayer(AdapterLayer):
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         w1, w2 = _factors(parts)
         return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.dim() - 2)), w2.contiguous()) * self.scale
-
-    def _stored_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
 
 
 def _factor(shapes: Shapes, name: str, core: Shape | None) -> Shape | None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..layers import Layer
-from .layer import AdapterLayer, Parts, Shape, Shapes, misfit, stacked
+from .layer import AdapterLayer, Parts, ScaledLayer, Shape, Shapes, misfit, stacked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoraLayer(AdapterLayer):
+class LoraLayer(ScaledLayer):
     """The update of one layer as two factors: `delta_weight = alpha / rank * lora_up @ lora_down`.
 
     With `lora_mid` (LyCORIS, "tucker" or CP form of a convolution):
@@ -56,11 +56,6 @@ class LoraLayer(AdapterLayer):
         return self.lora_down.shape[0]
 
     @property
-    def scale(self) -> float:
-        """`alpha / rank`."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
     def is_thin(self) -> bool:
         """Whether `factors` is all of the update: it is, unless there is a magnitude."""
         return self.dora_scale is None
@@ -82,9 +77,6 @@ class LoraLayer(AdapterLayer):
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         B, A = self._factors(parts)
         return B @ A
-
-    def _stored_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
 
     def shaped(self, shape: Shape | None = None) -> tuple[Tensor, Tensor]:
         """Return `lora_up` and `lora_down` as programs expect them for a weight: 4D for a convolution.
