@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# The user's own cache is none of the tests' business.
+os.environ["LORAX_CACHE"] = "off"
+
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / ".venv" / "notcomfy"
 

@@ -272,4 +272,4 @@ def test_cancel_stops_the_work(pack):
     management = pack.host.management
     management.interrupt_current_processing()
     with pytest.raises(management.InterruptProcessingException):
-        pack.host.compute(lambda device, progress: progress(1, 2, "a layer"), 2)
+        pack.host.compute(lambda engine, progress: progress(1, 2, "a layer"), 2)
