@@ -163,7 +163,11 @@ def open_base(path: str | os.PathLike[str]) -> Base:
         FormatError: There is no model in it.
     """
     path = Path(path)
-    parts = _folder(path) if path.is_dir() else {"": {key: file for file in [TensorFile(path)] for key in file.entries}}
+    parts = (
+        _folder(path)
+        if os.path.isdir(path)
+        else {"": {key: file for file in [TensorFile(path)] for key in file.entries}}
+    )
     main = next((parts[part] for part in (*MAIN, "") if part in parts), None)
     if main is None:
         fix = "give a diffusers folder with unet/ or transformer/ in it, or a file"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import OptionError, OutputError
+from .errors import OptionError, OutputError, printable
 from .tensorfile import write_bytes
 
 LIMIT_GB = 10.0
@@ -174,7 +174,7 @@ class Cache:
 
     def _tell(self, what: str) -> None:
         if not self._told:
-            log.warning("cache: %s", what)
+            log.warning("cache: %s", printable(what))
         self._told = True
 
 

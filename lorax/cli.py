@@ -94,7 +94,7 @@ def inspect(
             table.add_row(name.replace("_", " "), plain(value))
     say.print(table)
     for key, why in facts.get("unused", {}).items():
-        say.print(f"not used: {printable(key)} ({why})", markup=False)
+        say.print(f"not used: {printable(key)} ({printable(why)})", markup=False)
 
 
 @app.command()
@@ -254,7 +254,7 @@ def convert(
                 )
     save_adapter(result, output, naming=naming.value, dtype=_dtype(dtype))
     for key, why in result.unused.items():
-        say.print(f"not used: {printable(key)} ({why})", markup=False)
+        say.print(f"not used: {printable(key)} ({printable(why)})", markup=False)
 
 
 @caches.command()

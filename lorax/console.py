@@ -36,7 +36,7 @@ def print_similarity(result: "Similarity") -> None:
             [score.corrected for score in scores],
             [score.chance for score in scores],
         ]
-        table.add_row(kind.kind, str(len(pairs)), *(_mean(values) for values in cells))
+        table.add_row(escape(printable(kind.kind)), str(len(pairs)), *(_mean(values) for values in cells))
     say.print(table)
 
 
@@ -59,7 +59,8 @@ def print_report(report: "TransferReport") -> None:
     say.print(report.summary)
     for row in report.rows:
         if row.outcome is Outcome.KEPT:
-            say.print(f"kept unchanged: {row.source.partition('.')[0]} layers, {row.note}", markup=False)
+            component = row.source.partition(".")[0]
+            say.print(f"kept unchanged: {component} layers, {printable(row.note)}", markup=False)
             break
     for warning in report.warnings:
         tell.print(f"[yellow]warning[/]: {escape(printable(warning))}")

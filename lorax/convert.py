@@ -35,6 +35,7 @@ def convert_to_lora(
     Raises:
         MismatchError: A layer without the source base that it needs.
         OptionError: `rank` is below 1.
+        NumericsError: An update grows beyond the dtype of its result.
     """
     check_positive(rank)
     adapter = adapter if source is None else adapter.resolved(source)
@@ -43,7 +44,10 @@ def convert_to_lora(
         if not isinstance(own, VectorLayer) and not (isinstance(own, LoraLayer) and own.is_thin):
             B, A = expand(own, source, engine, rank)
             layer = source.layers.get(name, own.layer) if source is not None else own.layer
+            if own.layer.shape and layer.matrix_shape != own.layer.matrix_shape:
+                layer = own.layer
             own = LoraLayer(layer, B.to("cpu", own.computed_dtype), A.to("cpu", own.computed_dtype))
+            own.check_finite()
         layers[name] = own
         progress(done, len(adapter.layers), name)
     return Adapter(adapter.name, adapter.family, adapter.naming, layers, adapter.unused, adapter.metadata)
@@ -71,6 +75,7 @@ def convert_to_lora_x(
     Raises:
         MismatchError: No layer belongs to `source`.
         OptionError: `rank` is out of range.
+        NumericsError: An update grows beyond what float32 holds.
     """
     check_rank(rank, source.layers.values())
     adapter = adapter.resolved(source)
@@ -79,12 +84,13 @@ def convert_to_lora_x(
     unused = dict(adapter.unused)
     for done, (name, own) in enumerate(adapter.layers.items(), 1):
         layer = source.layers.get(name)
-        if layer is None or (isinstance(own, LoraLayer) and own.layer.matrix_shape != layer.matrix_shape):
+        if layer is None or (own.layer.shape and own.layer.matrix_shape != layer.matrix_shape):
             unused[name] = "the source base has no such layer" if layer is None else "the source layer has another size"
             continue
         B, A = expand(own, source, engine)
         space = engine.triplets(source, name, rank or RANK)
         converted = LoraXLayer(layer, space.singular_change(B, A).cpu(), source.fingerprint(name))
+        converted.check_finite()
         before = norm(B, A)
         shares[name] = converted.norm() / before if before else math.nan
         layers[name] = converted

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from .base import Base
 from .cache import Cache
 from .linalg import Subspace, decompose, leading_subspace
+from .tensorfile import parse_json
 from .version import __version__
 
 # Part of every key of the cache: a new number where the same weight would give other subspaces or scores.
@@ -74,7 +76,7 @@ class Engine:
         for base in bases:
             if state := _state(base):
                 found = self.cache.read("digests", __version__, *state)
-                known: dict[str, str] = {} if found is None else json.loads(bytes(found))
+                known = _known(found)
                 base.digests.update(known)
                 kept.append((base, state, len(known)))
         try:
@@ -90,8 +92,9 @@ class Engine:
             return _COMPUTE[accuracy](self.weight(base, name), rank)
         key = (ENGINE, base.digest(name), rank)
         for good in dict.fromkeys(("exact", accuracy)):
-            if (found := self.cache.read("subspaces", *key, good)) is not None:
-                return _unpacked(found, self.device)
+            found = self.cache.read("subspaces", *key, good)
+            if found is not None and (space := _unpacked(found, self.device)) is not None:
+                return space
         space = _COMPUTE[accuracy](self.weight(base, name), rank)
         self.cache.write(_packed(space), "subspaces", *key, accuracy)
         return space
@@ -109,11 +112,26 @@ def _packed(space: Subspace) -> bytes:
     return b"".join(part.detach().cpu().numpy().tobytes() for part in (sizes, space.U, space.S, space.Vh))
 
 
-def _unpacked(content: memoryview, device: str) -> Subspace:
-    m, r, n = np.frombuffer(content, np.int32, 3).tolist()
+def _unpacked(content: memoryview, device: str) -> Subspace | None:
+    """Return what `_packed` wrote; None for bytes that it did not write."""
+    m, r, n = np.frombuffer(content, np.int32, 3).tolist() if len(content) >= 12 else (0, 0, 0)
+    if min(m, r, n) < 0 or len(content) != 12 + 4 * (m * r + r + r * n):
+        return None
     numbers = torch.from_numpy(np.frombuffer(content, np.float32, offset=12)).to(device)
     U, S, Vh = numbers.split([m * r, r, r * n])
     return Subspace(U.view(m, r), S, Vh.view(r, n))
+
+
+def _known(content: memoryview | None) -> dict[str, str]:
+    """Return digests that were kept; none where the bytes are no such thing."""
+    try:
+        found = parse_json(bytes(content or b"{}"))
+    except ValueError:
+        return {}
+    is_right = isinstance(found, dict) and all(
+        isinstance(value, str) for value in cast("dict[str, Any]", found).values()
+    )
+    return cast("dict[str, str]", found) if is_right else {}
 
 
 def _state(base: Base) -> list[object]:

@@ -217,7 +217,7 @@ class Family:
     def fits(self, shapes: Shapes) -> bool:
         """Return whether a model with these modules (in either naming) is of this family."""
         places = {module: self._diffusers_of(module) for module in (*self.has, *self.lacks, self.width[0])}
-        spelled = {self._diffusers_of(path) for path in shapes if _starred(path) in self.aliases}
+        spelled = {self._diffusers_of(path) for path in shapes if self.aliases and _starred(path) in self.aliases}
 
         def original(module: str) -> bool:
             return module in shapes or places[module] in spelled

@@ -1,5 +1,6 @@
 """What a file is, read from no more of it than is needed."""
 
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 from .base import ADAPTER_KEY, open_base
 from .errors import FormatError, LoraxError
 from .tensorfile import TensorFile
+
+# Numbers of a dense update whose norm is worth telling: a small file can stand for a very large one.
+DENSE = 2**27
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -27,7 +31,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         NumericsError: An adapter holds NaN or Inf.
     """
     path = Path(path)
-    if path.is_file() and any(ADAPTER_KEY.search(key) for key in TensorFile(path).entries):
+    if os.path.isfile(path) and any(ADAPTER_KEY.search(key) for key in TensorFile(path).entries):
         return _adapter(path)
     try:
         return _base(path)
@@ -56,7 +60,10 @@ def _base(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    from .adapters import LoraXLayer, load_adapter
+    from .adapters import AdapterLayer, LoraXLayer, load_adapter
+
+    def is_large(own: AdapterLayer) -> bool:
+        return not own.is_thin and math.prod(own.layer.shape) > DENSE
 
     adapter = load_adapter(path)
     rows: list[dict[str, Any]] = []
@@ -69,7 +76,7 @@ def _adapter(path: Path) -> dict[str, Any]:
                 "kind": own.kind,
                 "alpha": getattr(own, "alpha", None),
                 # Of a DoRA, GLoRA or rotation the size depends on the weights of the base.
-                "norm": None if own.needs_weight and not isinstance(own, LoraXLayer) else own.norm(),
+                "norm": None if (own.needs_weight and not isinstance(own, LoraXLayer)) or is_large(own) else own.norm(),
                 "dtype": str(own.dtype).removeprefix("torch."),
             }
         )

@@ -141,8 +141,13 @@ def polar(matrix: Tensor) -> Tensor:
 
 
 def norm(B: Tensor, A: Tensor) -> float:
-    """Return `||B A||_F` from the `[k, k]` Gram matrices: `||B A||^2 = <B^T B, A A^T>`, in float64."""
+    """Return `||B A||_F` from the `[k, k]` Gram matrices: `||B A||^2 = <B^T B, A A^T>`, in float64.
+
+    Where `k` is larger than a side of the product, from the product, which is then smaller than those.
+    """
     B, A = B.double(), A.double()
+    if B.shape[1] > min(B.shape[0], A.shape[1]):
+        return float((B @ A).norm())
     return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
 

@@ -7,7 +7,6 @@ programming. The published rule (LoRA-X, arXiv 2501.16559) takes for every modul
 the source.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from .layers import Layer, LayerTable
 from .options import MATCHINGS
 from .progress import Progress, counter, silent
 from .similarity import Score, score_layers
+from .tensorfile import read_json
 
 ASSIGNMENT_SCHEMA = "lorax-assignment"
 NUMBERS = re.compile(r"\d+")
@@ -85,7 +85,7 @@ def load_assignment(path: Path, source: Base, target: Base) -> Assignment:
         FormatError: The file is none, or names a block that the bases do not have.
     """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = read_json(path)
         loaded = loaded.get("assignment", loaded)
         if loaded["schema"] != ASSIGNMENT_SCHEMA or loaded["schema_version"] != 1:
             raise KeyError

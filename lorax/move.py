@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import methods
 from .adapters import AdapterLayer, DiffLayer, LoraLayer, LoraXLayer, VectorLayer, expand
-from .adapters.layer import with_magnitude, without_magnitude
+from .adapters.layer import beyond, with_magnitude, without_magnitude
 from .base import Base
 from .engine import Engine
 from .layers import Layer
@@ -87,6 +87,7 @@ class Mover:
                 moved = own.moved(layer, self.dtype)
                 if scale is not None:
                     moved = with_magnitude(moved, own.magnitude_on(weight, weight_t))
+                moved.check_finite()
                 yield replace(row, target_norm=moved.norm(weight_t)), moved
         else:
             pieces = own.delta_weight(weight).cpu().split([part.shape[0] for part in parts])
@@ -125,11 +126,12 @@ class Mover:
             return replace(row, outcome=Outcome.BELOW_THRESHOLD), None
         scale = own.parts().get("dora_scale")
         if scale is None or self.dora == "dense" or self.lora_x or sizes != sizes_t:
-            result, rank, note = self._moved(own, method, layer_s, layer_t)
+            result, rank, note = self._finite(own, method, layer_s, layer_t)
         else:
-            result, rank, note = self._moved(without_magnitude(own), method, layer_s, layer_t)
+            result, rank, note = self._finite(without_magnitude(own), method, layer_s, layer_t)
             weights = self.engine.weight(self.source, layer_s.name), self.engine.weight(self.target, place)
             result = with_magnitude(result, own.magnitude_on(*weights))
+            result.check_finite()
         return replace(row, rank=rank, target_norm=self._norm(result, self.target), note=note), result
 
     def _scores(self, layer_s: Layer, layer_t: Layer) -> Mapping[tuple[str, str], tuple[Score, Score]]:
@@ -137,6 +139,20 @@ class Mover:
 
     def _norm(self, own: AdapterLayer, base: Base) -> float:
         return own.norm(self.engine.weight(base, own.layer.name) if _weighed(own) else None)
+
+    def _finite(self, own: AdapterLayer, method: str, layer_s: Layer, layer_t: Layer) -> tuple[AdapterLayer, int, str]:
+        """Return what `_moved` does.
+
+        Raises:
+            NumericsError: The numbers of the update are so large that the result, or what is decomposed on the way
+                to it, is not finite.
+        """
+        try:
+            moved = self._moved(own, method, layer_s, layer_t)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise beyond(f"{own.layer.name}, by {method}") from error
+        moved[0].check_finite()
+        return moved
 
     def _moved(self, own: AdapterLayer, method: str, layer_s: Layer, layer_t: Layer) -> tuple[AdapterLayer, int, str]:
         """Return the update on the target, the rank of the subspaces that were used, and what else to know."""

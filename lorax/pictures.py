@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from .errors import printable
 from .report import ARRIVED, TransferReport
 from .similarity import Score, Similarity
 
@@ -92,7 +93,7 @@ def retained_picture(report: TransferReport) -> Image.Image:
             draw.line((x, top + height, x, top + height + 6), fill=INK)
             if x >= free:
                 _text(draw, (x, top + height + 8), now, 11)
-                free = x + 8 + round(draw.textlength(now, ImageFont.load_default(11)))
+                free = x + 8 + round(draw.textlength(printable(now), ImageFont.load_default(11)))
     y = top + height + 46
     for x, ink, words in ((left, ARRIVED_INK, "kept by the layer"), (left + 180, LOST_INK, "no update")):
         draw.rectangle((x, y, x + 12, y + 12), fill=ink)
@@ -116,7 +117,7 @@ def _text(
     ink: tuple[int, int, int] = INK,
     anchor: str = "la",
 ) -> None:
-    draw.text(place, words, font=ImageFont.load_default(size), fill=ink, anchor=anchor)
+    draw.text(place, printable(words), font=ImageFont.load_default(size), fill=ink, anchor=anchor)
 
 
 def _short(name: str) -> str:

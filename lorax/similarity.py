@@ -247,7 +247,8 @@ def score_layers(
     if engine.cache is not None:
         names = [layer.name for layer in sources], [layer.name for layer in targets]
         key = [ENGINE, rank, *(engine.digests(base, of) for base, of in zip((source, target), names, strict=True))]
-        if (found := engine.cache.read("scores", *key)) is not None:
+        found = engine.cache.read("scores", *key)
+        if found is not None and len(found) == 32 * len(pairs):
             values = [Score(*score) for score in np.frombuffer(found).reshape(-1, 2).tolist()]
             return dict(zip(pairs, zip(values[::2], values[1::2], strict=True), strict=True))
     scores = _compare(source, target, sources, targets, rank, engine, tick)

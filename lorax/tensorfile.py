@@ -10,10 +10,12 @@ import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -25,7 +27,18 @@ if TYPE_CHECKING:
 
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ADVICE = "download or export it again"
-
+# What a file may hold: more is refused before it costs time or memory. The numbers are ours, far above what is in use.
+# The library stops at headers of 100 MB; the largest in use have some MB, of lists of tags and pictures.
+# It holds for documents (assignments, configurations) too.
+HEADER_BYTES = 32 * 2**20
+# The largest models and adapters have some thousand tensors; to find the layers of one takes up to 0.1 ms.
+TENSORS = 20_000
+# The longest names of modules have about 150 characters.
+NAME_CHARACTERS = 1000
+# The weight of a three-dimensional convolution has 5.
+DIMENSIONS = 8
+# Numbers in one tensor: more than in all files of the largest model there is.
+NUMBERS = 2**40
 
 # The names of dtypes in a file and in torch.
 DTYPES = {
@@ -67,18 +80,22 @@ class TensorFile:
         self.path = Path(path)
         length = _header_length(self.path)
         try:
-            with safe_open(str(self.path), framework="np"):
-                pass  # the library has now checked the header, and that the data is all there
             with self.path.open("rb") as handle:
                 handle.seek(8)
-                header = json.loads(handle.read(length))
-        except (SafetensorError, OSError) as error:
+                header = parse_json(handle.read(length), objects=TENSORS + 2)
+            with safe_open(str(self.path), framework="np"):
+                pass  # the library has now checked the header, and that the data is all there
+        except (SafetensorError, OSError, ValueError) as error:
             raise FileError("damaged safetensors file", f"{self.path}: {error}", ADVICE) from error
+        if len(header) > TENSORS + ("__metadata__" in header):
+            raise FileError(f"more than {TENSORS} tensors", f"{self.path} has {len(header)}", ADVICE)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         entries: dict[str, Entry] = {}
-        for key in sorted(header, key=_natural):
+        for key in sorted(header, key=lambda key: _natural(key[:NAME_CHARACTERS])):
             begin, end = header[key]["data_offsets"]
-            entries[key] = Entry(tuple(header[key]["shape"]), header[key]["dtype"], 8 + length + begin, end - begin)
+            entry = Entry(tuple(header[key]["shape"]), header[key]["dtype"], 8 + length + begin, end - begin)
+            _check_entry(self.path, key, entry)
+            entries[key] = entry
         self.entries = entries
 
     def tensor(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -112,10 +129,65 @@ def _natural(key: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]
 
 
+def _check_entry(path: Path, key: str, entry: Entry) -> None:
+    """Refuse a tensor that no model has, however small its data."""
+    if len(key) > NAME_CHARACTERS:
+        raise FileError(f"a name of more than {NAME_CHARACTERS} characters", f"{key[:40]}... in {path}", ADVICE)
+    if len(entry.shape) > DIMENSIONS:
+        got = f"{key} in {path} has {len(entry.shape)}"
+        raise FileError(f"a tensor of more than {DIMENSIONS} dimensions", got, ADVICE)
+    if math.prod(max(size, 1) for size in entry.shape) > NUMBERS:
+        raise FileError("a tensor larger than any model", f"{key} {list(entry.shape)} in {path}", ADVICE)
+
+
+def parse_json(text: str | bytes, *, objects: int | None = None) -> Any:
+    """Return what a JSON text from outside says.
+
+    Args:
+        text: The text.
+        objects: The most objects that it may hold; None sets no limit.
+
+    Raises:
+        ValueError: It is no JSON, says a name twice, is nested deeper than Python follows, or holds too many objects.
+    """
+    seen = 0
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal seen
+        seen += 1
+        if objects is not None and seen > objects:
+            raise ValueError(f"holds more than {objects} objects")
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=made)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file says.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no ordinary file, larger than HEADER_BYTES, or no JSON.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode) or state.st_size > HEADER_BYTES:
+        raise ValueError("no ordinary file, or too large")
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
 def _header_length(path: Path) -> int:
     """Return the length of the header, after refusing what is plainly no safetensors file."""
     try:
-        size = path.stat().st_size
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # to open a pipe is to wait
+            raise FileError("not a file", str(path), "give a safetensors file")
+        size = state.st_size
         with path.open("rb") as handle:
             start = handle.read(8)
     except OSError as error:
@@ -127,11 +199,16 @@ def _header_length(path: Path) -> int:
         raise FileError("not a safetensors file", f"{path} has {size} bytes", ADVICE)
     if length > size - 8:
         raise FileError("truncated, or not a safetensors file", f"{path}: header of {length} in {size} bytes", ADVICE)
+    if length > HEADER_BYTES:
+        raise FileError("the header is too large", f"{path}: {length} of at most {HEADER_BYTES} bytes", ADVICE)
     return length
 
 
 def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
     """Check, before any work is done, that `path` can be written and is none of `inputs`.
+
+    A symbolic link to an input counts as that input. One to anything else is allowed, and will be replaced itself: what
+    it leads to is never written.
 
     Returns:
         The path.
@@ -139,12 +216,12 @@ def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
     Raises:
         OutputError: It is an input, a folder or a device, or its folder is missing or not writable.
     """
-    out = Path(path)
-    if any(out.exists() and given.exists() and out.samefile(given) for given in inputs):
+    out = Path(path)  # os.path takes what cannot be looked at for what is not there
+    if any(os.path.exists(out) and os.path.exists(given) and out.samefile(given) for given in inputs):
         raise OutputError("the output is one of the inputs", str(out), "choose another name")
-    if out.exists() and not out.is_file():
+    if os.path.exists(out) and not os.path.isfile(out):
         raise OutputError("the output is a folder or a device", str(out), "give a file name")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise OutputError("the output's folder does not exist", str(out.parent), "create it first")
     if not os.access(out.parent, os.W_OK):
         raise OutputError("the output's folder cannot be written", str(out.parent), "choose another folder")
@@ -153,6 +230,8 @@ def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
 
 def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: bool = True) -> None:
     """Write `content` to a temporary name beside `path`, then rename: whole or not at all.
+
+    A symbolic link at `path` is replaced; what it leads to is not touched.
 
     Args:
         path: The file.
@@ -179,7 +258,8 @@ def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: 
         fix = "free space or choose another folder"
         raise OutputError("cannot write the output", f"{path}: {error.strerror}", fix) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be made cannot be removed: the reason is said already
+            temporary.unlink(missing_ok=True)
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -69,7 +69,7 @@ def transfer_adapter(
     Raises:
         OptionError: An option is unknown or out of range.
         MismatchError: The adapter does not belong to the source, nothing can be transferred, or `strict` is broken.
-        NumericsError: A weight holds NaN or Inf.
+        NumericsError: A weight holds NaN or Inf, or an update grows beyond the dtype of its result.
     """
     for name, value, choices in (
         ("method", method, METHODS),

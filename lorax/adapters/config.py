@@ -1,6 +1,7 @@
 """The scale of an adapter where PEFT and diffusers keep it: beside the file, or in its metadata."""
 
-import json
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
-from ..tensorfile import TensorFile
+from ..tensorfile import TensorFile, parse_json, read_json
+
+# end of a module path -> its place in the file, and the value
+Patterns = Mapping[str, tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +22,8 @@ class PeftConfig:
     alpha: float | None = None
     rank: float | None = None
     use_rslora: bool = False
-    alphas: Mapping[str, float] = field(default_factory=dict[str, float])
-    ranks: Mapping[str, float] = field(default_factory=dict[str, float])
+    alphas: Patterns = field(default_factory=dict[str, tuple[int, float]])
+    ranks: Patterns = field(default_factory=dict[str, tuple[int, float]])
 
     def alpha_of(self, path: str, rank: int) -> float | None:
         """Return the alpha of a module whose update has this rank; None if nothing is said."""
@@ -39,30 +43,40 @@ def peft_config(file: TensorFile) -> PeftConfig:
         FormatError: It is there and not readable.
     """
     beside = Path(file.path).with_name("adapter_config.json")
-    text = file.metadata.get("lora_adapter_metadata") or (
-        beside.read_text(encoding="utf-8") if beside.is_file() else ""
-    )
+    inside = file.metadata.get("lora_adapter_metadata")
     try:
-        loaded: dict[str, Any] = json.loads(text) if text else {}
+        loaded: dict[str, Any] = {}
+        if inside or os.path.isfile(beside):
+            loaded = parse_json(inside) if inside else read_json(beside)
         config = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in loaded.items()}
         return PeftConfig(
             alpha=_number(config.get("lora_alpha", config.get("alpha"))),
             rank=_number(config.get("r")),
             use_rslora=bool(config.get("use_rslora")),
-            alphas={key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
-            ranks={key: float(value) for key, value in (config.get("rank_pattern") or {}).items()},
+            alphas=_patterns(config.get("alpha_pattern")),
+            ranks=_patterns(config.get("rank_pattern")),
         )
-    except (ValueError, AttributeError, TypeError) as error:
-        raise FormatError(
-            "the adapter's configuration is not readable", f"{beside}", "mend it or take it away"
-        ) from error
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        where = f"the metadata of {file.path}" if inside else str(beside)
+        raise FormatError("the adapter's configuration is not readable", where, "mend it or take it away") from error
 
 
 def _number(value: object) -> float | None:
-    return None if value is None else float(str(value))
+    return None if value is None else _finite(value)
 
 
-def _matching(patterns: Mapping[str, float], path: str, default: float | None) -> float | None:
-    return next(
-        (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({re.escape(key)})", path)), default
-    )
+def _finite(value: object) -> float:
+    number = float(str(value))
+    if not math.isfinite(number):
+        raise ValueError("not a finite number")
+    return number
+
+
+def _patterns(entries: Mapping[str, object] | None) -> Patterns:
+    return {key: (place, _finite(value)) for place, (key, value) in enumerate((entries or {}).items())}
+
+
+def _matching(patterns: Patterns, path: str, default: float | None) -> float | None:
+    """Return the value of the first pattern that is the path, or its end after a dot."""
+    ends = (path[start:] for start in (0, *(dot.end() for dot in re.finditer(r"\.", path))))
+    return min((patterns[end] for end in ends if end in patterns), default=(0, default))[1]

@@ -27,6 +27,7 @@ class FouraLayer(ScaledLayer):
     KIND: ClassVar = "foura"
     KEYS: ClassVar = {"foura_up": "foura_up.weight", "foura_down": "foura_down.weight"}
     REQUIRED: ClassVar = frozenset({"foura_up", "foura_down", "foura_gate"})
+    INNER: ClassVar = frozenset({"foura_down"})
 
     foura_up: Tensor
     foura_down: Tensor

@@ -110,7 +110,7 @@ def parse(key: str) -> Key | None:
     """
     if key.startswith(("unet:", "text_encoder:")):
         component, number, role = [*key.split(":"), "", ""][:3]
-        known = number.isdigit() and role in ("up", "down")
+        known = number.isdecimal() and role in ("up", "down")
         return Key(component, number, f"lora_{role}", "indexed") if known else None
     if found := re.fullmatch(r"(.*\.)processor\.(\w+_lora[12])\.(down|up)\.weight", key):
         key = f"{found[1]}{XLABS.get(found[2], found[2])}.lora_{found[3]}.weight"

@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, MismatchError
+from ..errors import FormatError, MismatchError, NumericsError
 from ..layers import Layer
 from ..linalg import norm
 from .dora import decomposed, with_magnitude_of
+
+# What an update may be; more is refused, before a small file makes much memory. The numbers are ours.
+# No weight of a base has a smaller side of so many; a rank above that has no effect.
+RANK = 2**14
+# Numbers of the dense update: the largest weight of a known base, 55296 x 6144 (FLUX.2), has a third of it.
+WEIGHT = 2**30
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -35,6 +41,8 @@ class AdapterLayer(ABC):
     REQUIRED: ClassVar[frozenset[str]]
     OPTIONAL: ClassVar[frozenset[str]] = frozenset()
     NEEDS_WEIGHT: ClassVar[bool] = False
+    # Fields whose first size is the inner size of a product.
+    INNER: ClassVar[frozenset[str]] = frozenset()
 
     layer: Layer
 
@@ -101,6 +109,10 @@ class AdapterLayer(ABC):
         if any(0 in shape for shape in shapes.values()):
             raise misfit(cls.KIND, shapes, "with an empty part")
         shape = cls.shape_of(shapes)
+        if math.prod(shape) > WEIGHT:
+            raise misfit(cls.KIND, shapes, f"of a weight of more than {WEIGHT} numbers, larger than any")
+        if any(shapes[name][0] > RANK for name in cls.INNER & shapes.keys()):
+            raise misfit(cls.KIND, shapes, f"of a rank above {RANK}, which is never of use")
         if not fits(layer.shape, shape):
             raise misfit(cls.KIND, shapes, f"of a weight {list(shape)}, not {list(layer.shape)} of {layer.name}")
         scale = shapes.get("dora_scale")
@@ -175,6 +187,15 @@ class AdapterLayer(ABC):
         if weight is not None and "dora_scale" in parts:
             update = decomposed(update.reshape(weight.shape), weight, parts["dora_scale"])
         return update.reshape(update.shape[0] if not self.layer.shape else self.layer.shape[0], -1)
+
+    def check_finite(self) -> None:
+        """Check that what was computed did not grow beyond the dtype that it is stored in.
+
+        Raises:
+            NumericsError: It did.
+        """
+        for name, part in self.parts().items():
+            check_finite(part, f"{name} of {self.layer.name}")
 
     def norm(self, weight: Tensor | None = None) -> float:
         """Return `||delta_weight||_F`, from the factors where it is thin.
@@ -277,6 +298,21 @@ def misfit(kind: str, shapes: Shapes, why: str) -> FormatError:
     """Return the error of parts that are no update of a kind."""
     came = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
     return FormatError(f"not an update of kind {kind}", f"{came or 'nothing'} {why}", "use a sound copy")
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Refuse a result that is not finite.
+
+    Raises:
+        NumericsError: It holds NaN or Inf.
+    """
+    if not bool(torch.isfinite(tensor.float()).all()):
+        raise beyond(f"{name}, as {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def beyond(got: str) -> NumericsError:
+    """Return the error of an update whose numbers become too large."""
+    return NumericsError("the update grows beyond its dtype", got, "store float32, or check the numbers of the file")
 
 
 def number(value: float, dtype: torch.dtype) -> Tensor:

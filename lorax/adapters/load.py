@@ -1,6 +1,5 @@
 """Reading adapter files."""
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from ..base import Base
 from ..errors import FormatError, LoraxError, NumericsError
 from ..families import Family, families
 from ..layers import Layer
-from ..tensorfile import TensorFile
+from ..tensorfile import TensorFile, parse_json
 from .config import PeftConfig, peft_config
 from .diff import VectorLayer
 from .keys import EMBEDDING, VECTOR_ROLES, parse, why_unknown
@@ -234,6 +233,6 @@ def _fingerprints(file: TensorFile) -> dict[str, str]:
         fix = f"this version reads {LORA_X_VERSION}: update the package"
         raise FormatError("a LoRA-X file of an unknown format version", f"{file.path}: {version}", fix)
     try:
-        return {str(name): str(value) for name, value in json.loads(file.metadata["fingerprints"]).items()}
+        return {str(name): str(value) for name, value in parse_json(file.metadata["fingerprints"]).items()}
     except (KeyError, ValueError, AttributeError) as error:
         raise FormatError("a LoRA-X file without fingerprints", str(file.path), "make it again") from error

@@ -27,6 +27,7 @@ class LohaLayer(ScaledLayer):
     KIND: ClassVar = "loha"
     REQUIRED: ClassVar = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
     OPTIONAL: ClassVar = frozenset({"hada_t1", "hada_t2", "dora_scale"})
+    INNER: ClassVar = frozenset({"hada_w1_b", "hada_w2_b"})
 
     hada_w1_a: Tensor
     hada_w1_b: Tensor

@@ -31,6 +31,7 @@ class LokrLayer(ScaledLayer):
     OPTIONAL: ClassVar = frozenset(
         {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale"}
     )
+    INNER: ClassVar = frozenset({"lokr_w1_b", "lokr_w2_b"})
 
     alpha: float | None = None
     lokr_w1: Tensor | None = None

@@ -1,5 +1,6 @@
 """LoRA: two thin factors (arXiv 2106.09685); with a magnitude, DoRA (arXiv 2402.09353)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Layer
-from .layer import AdapterLayer, Parts, ScaledLayer, Shape, Shapes, misfit, stacked
+from .layer import WEIGHT, AdapterLayer, Parts, ScaledLayer, Shape, Shapes, misfit, stacked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +32,7 @@ class LoraLayer(ScaledLayer):
     KEYS: ClassVar = {"lora_up": "lora_up.weight", "lora_down": "lora_down.weight", "lora_mid": "lora_mid.weight"}
     REQUIRED: ClassVar = frozenset({"lora_up", "lora_down"})
     OPTIONAL: ClassVar = frozenset({"lora_mid", "dora_scale"})
+    INNER: ClassVar = frozenset({"lora_down"})
 
     lora_up: Tensor
     lora_down: Tensor
@@ -48,6 +50,8 @@ class LoraLayer(ScaledLayer):
             return up[0], *down[1:]
         if len(mid) < 3 or mid[:2] != (up[1], up[1]) or any(size != 1 for size in down[2:]):
             raise misfit(cls.KIND, shapes, "whose lora_mid does not fit between the factors")
+        if math.prod((*down[:2], *mid[2:])) > WEIGHT:  # what becomes of the two
+            raise misfit(cls.KIND, shapes, f"whose lora_mid makes a factor of more than {WEIGHT} numbers")
         return up[0], down[1], *mid[2:]
 
     @property

@@ -13,7 +13,7 @@ from ..families import Family
 from ..layers import reads_text
 from ..linalg import refactor
 from .diff import VectorLayer
-from .layer import AdapterLayer
+from .layer import AdapterLayer, check_finite
 from .lora import LoraLayer as LoraLayer
 from .lora_x import LoraXLayer as LoraXLayer
 from .resolve import whole_of
@@ -113,10 +113,14 @@ def expand(
 
     Raises:
         MismatchError: A layer that needs its own source base without it.
+        NumericsError: The update grows beyond what float32 holds.
     """
-    if layer.is_thin:
-        return layer.factors(engine.device)
     name = layer.layer.name
+    if layer.is_thin:
+        B, A = layer.factors(engine.device)
+        check_finite(B, name)
+        check_finite(A, name)
+        return B, A
     if isinstance(layer, LoraXLayer) and source is not None and name in source.layers:
         layer.check_source(source)
         return layer.expanded(engine.triplets(source, name, layer.rank))
@@ -127,4 +131,5 @@ def expand(
             got = f"{name} ({layer.kind}) without it"
             raise MismatchError("a layer of this kind needs its source base", got, "give the source base")
     update = layer.delta_weight(weight).to(engine.device)
+    check_finite(update, name)
     return refactor(update, rank or min(update.shape))

@@ -49,7 +49,7 @@ def _score(shapes: Mapping[Module, Shape], namings: Mapping[Module, str], family
 def layers_of(module: Module, shape: Shape, family: Family, naming: str) -> list[Layer]:
     """Return the layers of a family that a module means, in row order."""
     component, path = module
-    if naming != "indexed":
+    if naming != "indexed" or not path.isdecimal():
         return family.find(component_in(component, family), path, shape)
     order = indexed_layers(family, component)
     return order[int(path) : int(path) + 1]
