@@ -1,5 +1,6 @@
 """The only file that knows ComfyUI: its models, devices, folders, progress and cancel button."""
 
+import html
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from ..lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraX
 from ..lorax.base import Base, loaded_base
 from ..lorax.cache import open_cache
 from ..lorax.engine import Engine
-from ..lorax.errors import FormatError, MismatchError, OutputError
+from ..lorax.errors import FormatError, MismatchError, OutputError, printable
 from ..lorax.layers import Layer
 from ..lorax.progress import Progress
 
@@ -279,8 +280,13 @@ def free_path(folder: str, prefix: str) -> tuple[str, str]:
 
 
 def show(text: str, node_id: str | None) -> None:
-    """Show text on the face of a node while the graph runs."""
+    """Show text on the face of a node while the graph runs.
+
+    The host's front end takes it for HTML, and `[[words|address]]` for a link. Names in it come from files: they are
+    shown as they are.
+    """
     from server import PromptServer
 
     if node_id is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+        plain = "\n".join(map(printable, text.split("\n")))
+        PromptServer.instance.send_progress_text(html.escape(plain, quote=False).replace("[[", "&#91;["), node_id)

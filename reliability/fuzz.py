@@ -6,6 +6,7 @@ result or a `LoraxError` is written to a file `crash-...` and ends the run.
 """
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -84,7 +85,9 @@ class Targets:
 
     def header(self, content: bytes) -> None:
         """Bytes of a header."""
-        self.path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(64))
+        ends = [int(end) for end in re.findall(rb"offsets\":\[\d+, *(\d{1,6})\]", content)]
+        data = bytes(min(2**16, max(ends, default=0)))  # as much as it says there is
+        self.path.write_bytes(len(content).to_bytes(8, "little") + content + data)
         tried(lambda: describe(self.path), lambda: open_base(self.path), lambda: load_adapter(self.path))
 
     def adapter(self, content: bytes) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from client import Host, to_prompt
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -355,3 +356,17 @@ def test_bad_input_is_an_error_of_the_node(host, prompt, words):
     assert not result.ok
     assert words in result.error
     assert not list(host.base.rglob("escape*"))
+
+
+def test_no_html_reaches_the_page(host, real_host):
+    """What a node shows of a file's names: the front end puts the text of a running node into the page as HTML."""
+    evil = "<img src=x onerror=alert(1)>[[click|https://example.org]]\x1b[31m"
+    lora = {f"lora_unet_x.lora_{side}.weight": torch.ones(2, 2) for side in ("up", "down")}
+    save_file({evil: torch.ones(1)} | lora, host.base / "models/loras/evil.safetensors")
+    prompt = {"1": node("LoraXLoader", lora_name="evil.safetensors"), "2": node("PreviewAny", source=["1", 1])}
+    script = Path(__file__).with_name("progress_texts.py")
+    shown = subprocess.check_output([real_host[1], script, host.url], input=json.dumps(prompt), text=True)
+    (text,) = json.loads(shown)
+    assert "&lt;img src=x onerror=alert(1)&gt;&#91;[click|" in text
+    assert not set("<>\x1b") & set(text)
+    assert "[[" not in text
