@@ -230,7 +230,7 @@ class Family:
         if any(original(module) or diffusers(module) for module in self.lacks):
             return False
         if self.unet is not None:
-            widths = {shape[1] for path, shape in shapes.items() if reads_text(path)}
+            widths = {shape[1] if len(shape) > 1 else 0 for path, shape in shapes.items() if reads_text(path)}
             return bool({"input_blocks.0.0", "conv_in"} & set(shapes)) and widths == {self.unet.context_dim}
         module, widths = self.width
         found: tuple[int, ...] = next((shapes[path] for path in (module, *places[module]) if path in shapes), ())

@@ -258,6 +258,15 @@ def test_an_update_of_another_size_than_its_base(tmp_path, pair):
         convert_to_lora_x(adapter, pair[0])
 
 
+def test_a_projection_of_the_text_that_is_no_matrix(tmp_path, pair):
+    tensors = load_file(pair[0].files[0])
+    key = next(key for key in tensors if key.endswith("attn2.to_k.weight"))
+    for tensor in (tensors[key][:, 0].contiguous(), tensors[key][0, 0].clone()):
+        save_file({**tensors, key: tensor}, tmp_path / "b.safetensors")
+        assert open_base(tmp_path / "b.safetensors").family.name != "sd1"
+        assert describe(tmp_path / "b.safetensors")["kind"] == "base"
+
+
 def test_digits_that_are_no_numbers(tmp_path):
     save_file(
         {"unet:\u00b2:up": torch.ones(320, 2), "unet:\u00b2:down": torch.ones(2, 320)}, tmp_path / "a.safetensors"
