@@ -7,7 +7,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import Adapter, LoraLayer, LoraXLayer, load_adapter, save_adapter
-    from .base import Base, open_base
+    from .base import Base, module_base, open_base
     from .convert import convert_to_lora, convert_to_lora_x
     from .errors import (
         FileError,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Where each name lives. It is imported when it is first asked for: reading a header needs no torch.
 _PLACES = {
     "adapters": ("Adapter", "LoraLayer", "LoraXLayer", "load_adapter", "save_adapter"),
-    "base": ("Base", "open_base"),
+    "base": ("Base", "module_base", "open_base"),
     "convert": ("convert_to_lora", "convert_to_lora_x"),
     "errors": (
         "FileError",
@@ -73,6 +73,7 @@ __all__ = [
     "load_adapter",
     "load_assignment",
     "match_bases",
+    "module_base",
     "open_base",
     "pair_scores",
     "save_adapter",
