@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import comfy.lora
@@ -15,6 +15,8 @@ import comfy.samplers
 import comfy.utils
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
@@ -43,6 +45,7 @@ ALL_MEMORY = 1e20
 Key = str | tuple[str, tuple[int, int, int]]
 REPORT = "report this with the ComfyUI version"
 Result = TypeVar("Result")
+Learning = TypeVar("Learning", bound=nn.Module)
 
 
 def __getattr__(name: str) -> Any:
@@ -238,23 +241,31 @@ def compute(work: Callable[[str, Progress], Result], steps: int) -> Result:
 
 @contextmanager
 def training(
-    model: Any, pictures: Sequence[tuple[Tensor, Any]], dtype: torch.dtype, gradient_checkpointing: bool
-) -> Generator[tuple[nn.Module, Callable[[Sequence[int]], Tensor]]]:
-    """Load a MODEL whole and let its diffusion model take part in backward passes.
+    model: Any,
+    pictures: Sequence[tuple[Tensor, Any]],
+    attach: Callable[[nn.Module], Learning],
+    *,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool,
+) -> Generator[tuple[Learning, Callable[[Sequence[int]], Tensor]]]:
+    """Load a MODEL whole, attach to it what shall learn, and let it take part in backward passes.
 
     Args:
         model: MODEL; the copy that is trained has its patches.
         pictures: A latent `[1, ...]` as the VAE gives it, and an entry of a CONDITIONING, each.
+        attach: Called with the module that denoises; what it returns is detached at the end, as a context.
         dtype: To compute in.
         gradient_checkpointing: Whether to compute each block again in the backward pass instead of keeping its inside.
 
     Yields:
-        The module, and a function that returns the loss of some of the pictures, by number, all of one size: the mean
-        square error of what this model predicts (noise, velocity or flow), at random times of its own noise schedule.
+        What `attach` returned, and a function that returns the loss of some of the pictures, by number, all of one
+        size: the mean square error of what this model predicts (noise, velocity or flow), at random times of its own
+        noise schedule.
 
     Raises:
         OptionError: A conditioning has areas, masks, times, or a ControlNet.
     """
+    _teach_rotations()
     with torch.inference_mode(False), ExitStack() as stack:
         patcher = model.clone()
         patcher.set_model_compute_dtype(dtype)
@@ -263,10 +274,17 @@ def training(
         patcher.pre_run()
         stack.callback(patcher.cleanup)
         stack.enter_context(_differentiable(patcher.model))
+        layers = stack.enter_context(attach(patcher.model.diffusion_model))
+        saved = _copies([patcher.model, layers])
         if gradient_checkpointing:
-            stack.enter_context(_checkpointed(patcher.model.diffusion_model))
+            stack.enter_context(_checkpointed(patcher.model.diffusion_model, saved))
         data = [_picture(patcher, latent, entry) for latent, entry in pictures]
-        yield patcher.model.diffusion_model, lambda chosen: _loss(patcher, [data[i] for i in chosen], dtype)
+
+        def loss(chosen: Sequence[int]) -> Tensor:
+            with saved():
+                return _loss(patcher, [data[i] for i in chosen], dtype)
+
+        yield layers, loss
 
 
 def _picture(patcher: Any, latent: Tensor, entry: Any) -> tuple[Tensor, Any]:
@@ -337,20 +355,76 @@ def _differentiable(model: nn.Module) -> Generator[None]:
             table[name] = held
 
 
+@cache
+def _teach_rotations() -> None:
+    """Give the host's own kernels for rotary embeddings, which have none, their gradient: the rotation backwards."""
+    kernels = getattr(torch.ops, "comfy_kitchen", None)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[-1])
+
+    def back(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (turns,) = ctx.saved_tensors
+        turns = turns.transpose(-1, -2)
+        return *(kernels.apply_rope1(gradient.contiguous(), turns) for gradient in gradients), None
+
+    for name in ("apply_rope", "apply_rope1"):
+        if hasattr(kernels, name):
+            torch.library.register_autograd(f"comfy_kitchen::{name}", back, setup_context=keep)
+
+
+def _copies(frozen: Sequence[nn.Module]) -> Callable[[], saved_tensors_hooks]:
+    """Return a context that keeps copies for the backward pass: models of the host add to their tensors in place.
+
+    What `frozen` holds does not change and is kept as it is.
+    """
+    tensors = [tensor for module in frozen for tensor in (*module.parameters(), *module.buffers())]
+    known = {tensor.untyped_storage().data_ptr() for tensor in tensors if type(tensor.data) is Tensor}
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor if tensor.untyped_storage().data_ptr() in known else tensor.clone()
+
+    return lambda: saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
 @contextmanager
-def _checkpointed(model: nn.Module) -> Generator[None]:
+def _checkpointed(model: nn.Module, saved: Callable[[], saved_tensors_hooks]) -> Generator[None]:
     """Let each block of a model be computed again in the backward pass."""
     blocks = list(_blocks(model))
     kept = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(_recomputed, block.forward, saved)
         yield
     finally:
         for block, before in zip(blocks, kept, strict=True):
             del block.forward
             if before is not None:
                 block.forward = before
+
+
+def _recomputed(
+    forward: Callable[..., Any], saved: Callable[[], saved_tensors_hooks], *args: Any, **kwargs: Any
+) -> Any:
+    """Call `forward` and keep only its inputs for the backward pass, as copies.
+
+    What torch's newer checkpoints keep is not protected from changes in place, and its older ones take no keywords.
+    """
+    leaves, form = tree_flatten((args, kwargs))
+    if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        return forward(*args, **kwargs)  # nothing before it learns, and the older checkpoints would cut it off
+    forms: list[Any] = []
+
+    def run(*leaves: Any) -> tuple[Any, ...]:
+        with saved():
+            copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(copies, form)
+            results, result_form = tree_flatten(forward(*args, **kwargs))
+        forms.append(result_form)
+        return tuple(results)
+
+    results = checkpoint(run, *leaves, use_reentrant=True, preserve_rng_state=False)
+    return tree_unflatten(list(results), forms[0])
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

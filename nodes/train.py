@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -163,11 +164,13 @@ def trained(
         alike = [i for i, other in enumerate(sizes) if other == size]
         return [alike[i] for i in torch.randperm(len(alike))[:batch_size].tolist()]
 
-    with host.training(model, pictures, dtype, gradient_checkpointing) as (module, loss):
-        count = host.counted(len(base.layers))
-        layers = attach(module, base=base, dtype=dtype, progress=lambda done, total, what: count(done), **start)
-        with layers:
-            train(layers, lambda call: loss(batch()), **options)
+    count = host.counted(len(base.layers))
+    added = partial(attach, base=base, dtype=dtype, progress=lambda done, total, what: count(done), **start)
+    with host.training(model, pictures, added, dtype=dtype, gradient_checkpointing=gradient_checkpointing) as (
+        layers,
+        loss,
+    ):
+        train(layers, lambda call: loss(batch()), **options)
         return layers.adapter("trained")
 
 

@@ -1,12 +1,14 @@
 """The node Train LoRA-X in a real ComfyUI server, in CPU mode."""
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from test_server import node, sampling, save
 
@@ -170,3 +172,14 @@ def test_bad_input_is_an_error_of_the_node(host, case):
     result = host.run(prompt)
     assert not result.ok
     assert words in result.error
+
+
+def test_the_loss_is_that_of_what_the_model_predicts(real_host):
+    """Noise, velocity and flow, each against its formula, with captions of several lengths in one batch."""
+    path, python = real_host
+    script = Path(__file__).with_name("loss_of_models.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parent)}
+    done = subprocess.run([python, script, ROOT], cwd=path, env=environment, check=True, stdout=subprocess.PIPE)
+    for ours, theirs, gradient, slope in json.loads(done.stdout.splitlines()[-1]).values():
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert gradient == pytest.approx(slope, rel=0.01)
