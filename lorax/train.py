@@ -331,6 +331,11 @@ def train(
     return Training(losses, interrupted)
 
 
+def thinned(count: int, most: int) -> list[int]:
+    """Return at most `most` of the steps 1 to `count`, evenly spaced, the last among them: what a curve can show."""
+    return list(range(count, 0, -max(1, -(-count // most))))[::-1]
+
+
 def _backward(loss: Callable[[int], Tensor], step: int, steps: int, parts: int) -> float:
     """Add up the gradient of the mean of `parts` losses; return that mean."""
     total = 0.0

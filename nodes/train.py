@@ -13,7 +13,7 @@ from ..lorax.errors import MismatchError, OptionError
 from ..lorax.options import LEARNING_RATE
 from ..lorax.pictures import loss_picture
 from ..lorax.similarity import highest_rank
-from ..lorax.train import attach, train
+from ..lorax.train import attach, thinned, train
 from . import host
 from .host import io
 from .types import CATEGORY, AdapterPort, rank_input
@@ -198,8 +198,7 @@ class Curve:
 
     def points(self) -> dict[str, object]:
         """Return the steps and their losses, evenly thinned to at most `POINTS`, the last among them."""
-        every = -(-len(self.losses) // POINTS)
-        steps = list(range(len(self.losses), 0, -every))[::-1]
+        steps = thinned(len(self.losses), POINTS)
         return {"steps": steps, "losses": [self.losses[step - 1] for step in steps], "total": self._steps}
 
     def words(self) -> str:

@@ -17,7 +17,8 @@ from torch import nn
 import lorax
 from lorax import MismatchError, NumericsError, OptionError
 from lorax.adapters import expand
-from lorax.train import attach, train
+from lorax.pictures import ARRIVED_INK, loss_picture
+from lorax.train import attach, thinned, train
 
 
 class Block(nn.Module):
@@ -447,6 +448,24 @@ def test_peft_trains_in_the_same_loop(tmp_path, use_dora):
     resumed, again = go(30, path, resume=True)
     assert resumed == losses
     assert all(torch.equal(a, b) for a, b in zip(parameters, again, strict=True))
+
+
+@given(st.integers(1, 5000), st.integers(1, 600))
+def test_a_thinned_curve_is_even_and_ends_with_the_last_step(count, most):
+    steps = thinned(count, most)
+    assert len(steps) <= most
+    assert steps[-1] == count
+    assert set(steps) <= set(range(1, count + 1))
+    assert len({b - a for a, b in zip(steps, steps[1:], strict=False)}) <= 1
+    assert steps == list(range(1, count + 1)) or count > most
+
+
+def test_the_picture_of_a_falling_loss_falls():
+    picture = np.asarray(loss_picture([5.0, 4.0, 3.0, 2.0, 1.0]))
+    rows, columns = np.nonzero((picture == ARRIVED_INK).all(-1))
+    assert np.corrcoef(columns, rows)[0, 1] > 0.99  # rows count downwards
+    assert np.ptp(columns) > 0.8 * picture.shape[1]
+    assert (np.asarray(loss_picture([0.5])) == ARRIVED_INK).all(-1).any()
 
 
 def test_the_command_line_does_not_wait_for_it():
