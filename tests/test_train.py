@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import peft
@@ -456,7 +457,7 @@ def test_a_thinned_curve_is_even_and_ends_with_the_last_step(count, most):
     assert len(steps) <= most
     assert steps[-1] == count
     assert set(steps) <= set(range(1, count + 1))
-    assert len({b - a for a, b in zip(steps, steps[1:], strict=False)}) <= 1
+    assert len({b - a for a, b in pairwise(steps)}) <= 1
     assert steps == list(range(1, count + 1)) or count > most
 
 

@@ -92,6 +92,9 @@ def test_help_pages_are_served(host, name):
     assert len(host.get(f"/extensions/comfyui-lora-x/docs/{name}.md")) > 300
 
 
+QUICK = {"EmptyLatentImage": {"width": 64, "height": 64}, "KSampler": {"steps": 2}, "LoraXTrain": {"steps": 2}}
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
 def test_example_workflows_run(host, info, path):
     """As they are, but with conditioning instead of a text encoder, small pictures, and the latent saved."""
@@ -106,12 +109,7 @@ def test_example_workflows_run(host, info, path):
             prompt[number] = node("LoraXTestPictures", sizes="8", width=768)
         elif entry["class_type"] in ("SaveImage", "LoadImage"):
             del prompt[number]
-        elif entry["class_type"] == "LoraXTrain":
-            entry["inputs"]["steps"] = 2
-        elif entry["class_type"] == "EmptyLatentImage":
-            entry["inputs"] |= {"width": 64, "height": 64}
-        elif entry["class_type"] == "KSampler":
-            entry["inputs"]["steps"] = 2
+        entry["inputs"] |= QUICK.get(entry["class_type"], {})
         for name in ("source_clip", "target_clip", "clip"):
             entry["inputs"].pop(name, None)
     for _ in range(2):
