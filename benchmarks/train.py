@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import peft
@@ -56,22 +57,26 @@ def measure(kind: str, rank: int) -> dict[str, object]:
     elif kind == "lora-x":
         learns = attach(model, rank=rank)
     row: dict[str, object] = {"kind": kind, "rank": rank, "set_up_seconds": round(time.perf_counter() - start, 2)}
-    times = [time.perf_counter()]
+    times = [(time.perf_counter(), time.process_time())]
+
+    def tick(*_: object) -> None:
+        times.append((time.perf_counter(), time.process_time()))
 
     def loss(call: int) -> torch.Tensor:
         error = model(x, torch.tensor([call * 37 % 1000]), text).sample - x
         return error.square().mean()
 
     if rank:
-        train(learns, loss, STEPS + WARM, on_step=lambda step, value: times.append(time.perf_counter()))
+        train(learns, loss, STEPS + WARM, on_step=tick)
     else:
         with torch.no_grad():
             for call in range(STEPS + WARM):
                 loss(call)
-                times.append(time.perf_counter())
-    steps = [end - start for start, end in zip(times[WARM:-1], times[WARM + 1 :], strict=True)]
+                tick()
+    wall, cpu = (statistics.median(b[i] - a[i] for a, b in pairwise(times[WARM:])) for i in (0, 1))
     row |= {
-        "seconds_per_step": round(statistics.median(steps), 3),
+        "seconds_per_step": round(wall, 3),
+        "cpu_seconds_per_step": round(cpu, 3),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "model_parameters": weights,
     }
