@@ -27,9 +27,10 @@ from torch.optim import AdamW, Optimizer
 from .adapters import Adapter, LoraXLayer
 from .base import Base, module_base, module_path
 from .checkpoint import Checkpoint, random_state, seed_all, set_random_state
+from .engine import Engine
 from .errors import MismatchError, NumericsError, OptionError
 from .layers import Layer
-from .linalg import Subspace, decompose
+from .linalg import Subspace
 from .options import CLIP_NORM, LEARNING_RATE, RANK
 from .progress import Progress, silent
 from .similarity import check_rank
@@ -131,7 +132,7 @@ def attach(
     layers: Collection[str] | Callable[[Layer], bool] | None = None,
     rank: int | None = None,
     start: Adapter | None = None,
-    device: str | None = None,
+    engine: Engine | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> LoraXLayers:
@@ -147,7 +148,7 @@ def attach(
             projections.
         rank: Singular values that may move in each layer; None means 320, or as many as the layer has.
         start: A LoRA-X adapter of this base to train on: its layers and its ranks are taken.
-        device: Where to decompose; None is where each weight is.
+        engine: How and where to decompose; None is exactly, where each weight is, keeping nothing.
         dtype: To hold `U` and `V` in; None is that of each weight (float32 where it has 8 bits).
         progress: Called with (done, total, layer name).
 
@@ -167,8 +168,8 @@ def attach(
         _check_module(layer, modules.get(module_path(layer, modules)))
         weight = modules[module_path(layer, modules)].get_parameter("weight")
         own = known.get(layer.name)
-        matrix = base.weight(layer.name, device or str(weight.device))
-        space = decompose(matrix, own.rank if own is not None else rank or RANK)
+        where = engine or Engine(str(weight.device))
+        space = where.triplets(base, layer.name, own.rank if own is not None else rank or RANK)
         if space.rank:
             kept = dtype or (weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else None)
             U, Vh = (part.to(weight.device, kept or torch.float32) for part in (space.U, space.Vh))

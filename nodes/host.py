@@ -1,10 +1,11 @@
 """The only file that knows ComfyUI: its models, devices, folders, progress and cancel button."""
 
+import functools
 import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import comfy.lora
@@ -21,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
 from ..lorax.base import Base, loaded_base
+from ..lorax.cache import open_cache
+from ..lorax.engine import Engine
 from ..lorax.errors import FormatError, MismatchError, OptionError, OutputError
 from ..lorax.layers import Layer
 from ..lorax.progress import Progress
@@ -211,14 +214,15 @@ def _patch(target: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, Key], 
     return len(applied)
 
 
-def compute(work: Callable[[str, Progress], Result], steps: int) -> Result:
-    """Run `work(device, progress)` on the host's device, with its progress bar and its cancel button.
+def compute(work: Callable[[Engine, Progress], Result], steps: int, *, cache: bool = True) -> Result:
+    """Run `work(engine, progress)` on the host's device, with its progress bar and its cancel button.
 
     Out of GPU memory, the work is done again on the CPU.
 
     Args:
         work: Computes something; calls `progress` often.
         steps: How many steps there will be, about.
+        cache: Take subspaces and scores from the user's cache, and keep new ones there.
     """
     bar = comfy.utils.ProgressBar(steps)
 
@@ -227,14 +231,15 @@ def compute(work: Callable[[str, Progress], Result], steps: int) -> Result:
         bar.update_absolute(done, total)
 
     device = management.get_torch_device()
+    on_cpu = Engine(cache=open_cache() if cache else None)
     if device.type == "cpu":
-        return work("cpu", progress)
+        return work(on_cpu, progress)
     try:
         management.free_memory(WORKSPACE_BYTES, device)
-        return work(str(device), progress)
+        return work(replace(on_cpu, device=str(device)), progress)
     except management.OOM_EXCEPTION:
         management.soft_empty_cache()
-        return work("cpu", progress)
+        return work(on_cpu, progress)
     finally:
         management.soft_empty_cache()
 
@@ -355,7 +360,7 @@ def _differentiable(model: nn.Module) -> Generator[None]:
             table[name] = held
 
 
-@cache
+@functools.cache
 def _teach_rotations() -> None:
     """Give the host's own kernels for rotary embeddings, which have none, their gradient: the rotation backwards."""
     kernels = getattr(torch.ops, "comfy_kitchen", None)
@@ -394,7 +399,7 @@ def _checkpointed(model: nn.Module, saved: Callable[[], saved_tensors_hooks]) ->
     kept = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = partial(_recomputed, block.forward, saved)
+            block.forward = functools.partial(_recomputed, block.forward, saved)
         yield
     finally:
         for block, before in zip(blocks, kept, strict=True):

@@ -11,7 +11,7 @@ from ..lorax.report import similarity_json
 from ..lorax.similarity import Similarity, compare_bases
 from . import host
 from .host import io
-from .types import CATEGORY, SimilarityPort
+from .types import CATEGORY, SimilarityPort, cache_input
 
 LAYERS = ("attention", "all")
 
@@ -43,6 +43,7 @@ class LoraXSimilarity(io.ComfyNode):
                     default=LAYERS[0],
                     tooltip="attention: the projections where most adapters live. all: feed-forward and convolutions too.",
                 ),
+                cache_input(),
             ],
             outputs=[
                 SimilarityPort.Output(display_name="similarity", tooltip="For LoRA-X Transfer of the same two models."),
@@ -56,14 +57,15 @@ class LoraXSimilarity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, source, target, rank, layers):
+    def execute(cls, source, target, rank, layers, cache=True):
         """Compare them."""
         base_s, base_t = host.open_model(source), host.open_model(target)
         result = host.compute(
-            lambda device, progress: compare_bases(
-                base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], device=device, progress=progress
+            lambda engine, progress: compare_bases(
+                base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], engine=engine, progress=progress
             ),
             len(base_s.layers) + len(base_t.layers),
+            cache=cache,
         )
         text = describe(result)
         host.show(text, cls.hidden.unique_id)

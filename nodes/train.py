@@ -2,18 +2,19 @@
 
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..lorax.adapters import Adapter
+from ..lorax.cache import open_cache
+from ..lorax.engine import Engine
 from ..lorax.errors import MismatchError, OptionError
 from ..lorax.options import LEARNING_RATE
 from ..lorax.pictures import loss_picture
 from ..lorax.similarity import highest_rank
-from ..lorax.train import attach, thinned, train
+from ..lorax.train import LoraXLayers, attach, thinned, train
 from . import host
 from .host import io
 from .types import CATEGORY, AdapterPort, rank_input
@@ -165,7 +166,11 @@ def trained(
         return [alike[i] for i in torch.randperm(len(alike))[:batch_size].tolist()]
 
     count = host.counted(len(base.layers))
-    added = partial(attach, base=base, dtype=dtype, progress=lambda done, total, what: count(done), **start)
+
+    def added(module: torch.nn.Module) -> LoraXLayers:
+        engine = Engine(str(next(module.parameters()).device), cache=open_cache())
+        return attach(module, base=base, dtype=dtype, engine=engine, progress=lambda done, *_: count(done), **start)
+
     with host.training(model, pictures, added, dtype=dtype, gradient_checkpointing=gradient_checkpointing) as (
         layers,
         loss,
