@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from .tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 # Where the model that denoises lies in a file: in checkpoints, in ComfyUI's own saves, in the original repositories.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.", "")
@@ -111,13 +112,14 @@ class Base:
         return self.digest(name)[:16]
 
     def identity(self) -> str:
-        """Return a text that names the content of the base: the fingerprints of a sample of its layers.
+        """Return 16 hex digits that name the content of the base, made of the digests of a sample of its layers.
 
         Two fine-tunes of one base differ in it unless all of the sampled layers are equal.
         """
         main = [layer for layer in self.layers.values() if layer.is_main]
         names = [layer.name for layer in main if layer.is_attention] or [layer.name for layer in main]
-        return " ".join(self.fingerprint(name) for name in names[:: max(1, len(names) // SAMPLED_LAYERS)])
+        sample = " ".join(self.digest(name) for name in names[:: max(1, len(names) // SAMPLED_LAYERS)])
+        return hashlib.sha256(sample.encode()).hexdigest()[:16]
 
     @property
     def components(self) -> list[str]:
@@ -230,6 +232,29 @@ def loaded_base(
             layers += [Layer(f"{component[kind]}.{path}", shape) for path, shape in modules.items() if len(shape) == 2]
     sizes = {key: shape[0] for key, shape in parameters.items() if len(shape) == 1}
     return Base(name, family, LayerTable(layers, names), read, LayerTable(family.vectors(sizes, found)))
+
+
+def module_base(model: Module, name: str = "model") -> Base:
+    """Make a base of a torch module that denoises: a U-Net or a transformer, in its original or in diffusers' naming.
+
+    The layers have the names that `open_base` gives them in a file of `model.state_dict()`.
+
+    Args:
+        model: The module; its weights are read when they are asked for. After they change, make a new base of it.
+        name: What to call it.
+    """
+    modules = dict(model.named_modules())
+
+    def read(layer: Layer) -> Tensor:
+        weight = modules[module_path(layer, modules)].get_parameter("weight").detach()
+        return weight if layer.rows is None else weight[slice(*layer.rows)]
+
+    return loaded_base(name, {key: tuple(value.shape) for key, value in model.named_parameters()}, {}, read)
+
+
+def module_path(layer: Layer, modules: Container[str]) -> str:
+    """Return the path, in a model with these modules, of the module whose weight a layer is (or is a part of)."""
+    return layer.original if layer.original in modules else layer.path
 
 
 def _recognise(files: Mapping[str, TensorFile], name: str) -> tuple[Family, str, dict[str, tuple[int, ...]]]:
