@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 # What the interpreter tells of before it does it. Files that are opened are counted where they are written to.
 EVENTS = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate", "os.utime"}
 
@@ -83,6 +85,7 @@ def in_child(work: Callable[[], None]) -> int:
     """Run `work` in a fork of this process; return its exit status, `-9` if it was killed."""
     child = os.fork()
     if not child:
+        torch.set_num_threads(1)  # the threads of the parent are not in a fork; to wait for them is to hang
         try:
             work()
         except BaseException as error:
