@@ -1,10 +1,14 @@
 """Finds the two hosts: ComfyUI's library from the package registry, and a real ComfyUI checkout with its own Python."""
 
 import os
+import socket
 import subprocess
+import time
+import urllib.error
 from pathlib import Path
 
 import pytest
+from client import Host
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / ".venv" / "notcomfy"
@@ -38,3 +42,43 @@ def real_host() -> tuple[Path, Path]:
     if found is None:
         pytest.skip("no ComfyUI with a Python of its own (set COMFYUI_PATH and COMFYUI_PYTHON)")
     return found
+
+
+@pytest.fixture(scope="session")
+def host(real_host, tmp_path_factory):
+    path, python = real_host
+    base = tmp_path_factory.mktemp("comfy")
+    for folder in ("models", "input", "output", "temp", "user", "custom_nodes"):
+        (base / folder).mkdir()
+    subprocess.run([python, Path(__file__).with_name("make_models.py"), base / "models"], cwd=path, check=True)
+    (base / "models/diffusion_models").symlink_to(base / "models/checkpoints")
+    (base / "models/loras/broken.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    (base / "custom_nodes/comfyui-lora-x").symlink_to(ROOT)
+    (base / "custom_nodes/testing_nodes").symlink_to(Path(__file__).with_name("testing_nodes"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = base / "log.txt"
+    words = ["main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
+    words += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
+    with log.open("w") as out:
+        server = subprocess.Popen([python, *words], cwd=path, stdout=out, stderr=subprocess.STDOUT)
+    found = Host(f"http://127.0.0.1:{port}", log)
+    try:
+        for _ in range(600):
+            try:
+                found.get("/system_stats")
+                break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.2)
+        found.base = base
+        yield found
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def info(host):
+    return host.json("/object_info")
