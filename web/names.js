@@ -15,6 +15,7 @@ export const GROUP_NAMES = [...GROUPS.map(([name]) => name), "other"];
 /** Return the group of a kind of layer (`unet:attn1.to_q` is `q`): one of GROUP_NAMES. */
 export function groupOf(kind) {
   const path = kind.slice(kind.indexOf(":") + 1);
+  if (path.includes("qkv")) return "other"; // several in one weight
   return GROUPS.find(([, pattern]) => pattern.test(path))?.[0] ?? "other";
 }
 

@@ -10,8 +10,6 @@ export const ENGLISH = {
   many_layers: "{count} layers: choose a kind or a stage to see single ones.",
   no_map: "Too many pairs for a map; the layers are below.",
   nothing_chosen: "No layer of this kind in this stage.",
-  source: "source",
-  target: "target",
   full_rank: "full rank",
   at_rank: "rank {rank}",
   kind: "kind",
