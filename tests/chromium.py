@@ -17,7 +17,9 @@ def chromium():
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         pytest.skip("no Chromium on this machine: the browser tests need one")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (it is in the dev extra)")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (it is in the dev extra)"
+    )
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=WORDS)
         yield browser

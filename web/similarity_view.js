@@ -143,8 +143,8 @@ export function similarityView({ onState, onThreshold, note }) {
     const values = { left, right, corrected, ...(share === undefined ? {} : { kept: share }) };
     const words = Object.entries(values).map(([key, value]) => `${say(key)} ${Number.isNaN(value) ? "–" : value.toFixed(3)}`);
     return [
-      source ? `${source.name}  ${size(source)}` : say("no_source"),
-      `→ ${target.name}  ${size(target)}`,
+      source ? `${source.name} · ${size(source)}` : say("no_source"),
+      `→ ${target.name} · ${size(target)}`,
       source ? words.join(" · ") : "",
     ];
   }
@@ -157,7 +157,7 @@ export function similarityView({ onState, onThreshold, note }) {
     const sizes = (table, block) => [...new Set(table.filter((layer) => layer.block === block).map(({ shape }) => shape.join(" × ")))];
     const named = (table, block) => {
       const found = sizes(table, block);
-      return `${block}  ${found.slice(0, 2).join(", ")}${found.length > 2 ? ", …" : ""}`;
+      return `${block} · ${found.slice(0, 2).join(", ")}${found.length > 2 ? ", …" : ""}`;
     };
     return [
       named(model.sources, map.rows[row]),

@@ -73,9 +73,7 @@ def graph(layers="attention", method="project", rank=100, threshold=0.0):
     )
     lora = node("LoraXLoader", [0, 400], [300, 130], ["sd15-style.safetensors"], [], ["adapter", "summary"])
     models = [("source", "MODEL", (base, 0)), ("target", "MODEL", (tuned, 0))]
-    found = node(
-        "LoraXSimilarity", [350, 40], [420, 860], [0, layers], models, ["similarity", "heatmap", "report"]
-    )
+    found = node("LoraXSimilarity", [350, 40], [420, 860], [0, layers], models, ["similarity", "heatmap", "report"])
     values = [method, rank, threshold, "auto", "direction"]
     inputs = [("adapter", "LORAX_ADAPTER", (lora, 0)), *models, ("similarity", "LORAX_SIMILARITY", (found, 0))]
     moved = node("LoraXTransfer", [820, 40], [420, 860], values, inputs, ["adapter", "report", "suggested_strength"])
