@@ -26,16 +26,12 @@ PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width">
 <title>LoRA-X</title>
 <style>
 {style}
-:root {{ color-scheme: light dark; --input-text: light-dark(#222, #ddd); --descrip-text: light-dark(#666, #999);
-  --border-color: light-dark(#bbb, #4e4e4e); --comfy-input-bg: light-dark(#fff, #222); --comfy-menu-bg: light-dark(#eee, #353535) }}
-body {{ margin: 0; background: light-dark(#eee, #181818) }}
-#lorax-view {{ box-sizing: border-box; max-width: 900px; height: 100vh; min-height: 760px; margin: 0 auto; padding: 16px }}
-.lorax-view {{ font-size: 13px }}
 </style>
 </head>
 <body>
@@ -61,7 +57,7 @@ def page(data: dict[str, Any]) -> str:
     # The files are modules; one after the other they are one, without what ties them.
     tied = re.compile(r"^import\s[^;]*;\n|^export (?=const |function |class )", re.MULTILINE)
     return PAGE.format(
-        style=(WEB / "view.css").read_text(encoding="utf-8"),
+        style="".join((WEB / name).read_text(encoding="utf-8") for name in ("view.css", "page.css")),
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         script="\n".join(tied.sub("", script) for script in scripts),
     )

@@ -1,4 +1,4 @@
-"""A similarity as the views of the browser read it (`view.schema.json`): all pairs, small enough for a workflow file."""
+"""A similarity as the browser's views read it (`view.schema.json`): all pairs, small enough for a workflow file."""
 
 import base64
 import math

@@ -40,3 +40,21 @@ def picture(page, name, **options):
     """Keep a screenshot, to be looked at."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=PICTURES / f"{name}.png", **options)
+
+
+def overlaps(page):
+    """Return what lies over one another in the views, of what stands side by side: names and pixels."""
+    side_by_side = [".lorax-view", ".lorax-line", ".lorax-figures", ".lorax-head", ".lorax-top", ".lorax-left"]
+    return page.evaluate(OVERLAPS, [*side_by_side, ".lorax-legend", ".lorax-chips", ".lorax-row"])
+
+
+OVERLAPS = """(groups) => groups.flatMap((name) => [...document.querySelectorAll(name)]).flatMap((group) => {
+    const boxes = [...group.children]
+        .filter((part) => part.offsetHeight)
+        .map((part) => [part.className || part.textContent, part.getBoundingClientRect()]);
+    return boxes.flatMap(([one, a], i) => boxes.slice(i + 1).flatMap(([other, b]) => {
+        const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+        const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+        return Math.min(across, down) > 1 ? [[one, other, across, down]] : [];
+    }));
+})"""

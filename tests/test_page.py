@@ -11,27 +11,10 @@ from lorax.layers import Layer
 from lorax.matching import match_bases
 from lorax.page import page
 from lorax.view import similarity_view
-from tests.chromium import chromium, picture, watched
+from tests.chromium import chromium, overlaps, picture, watched
 from tests.conftest import small_base
 from tests.test_transfer import SCHEMA
 from tests.test_view import layout
-
-PARTS = ".lorax-view > *, .lorax-line > *, .lorax-figures > *, .lorax-head > *"
-LABELS = [".lorax-top span", ".lorax-left span", ".lorax-legend > *", ".lorax-chips > *"]
-OVERLAPS = """([parts, ...labels]) => {
-    const shown = (selector) => [...document.querySelectorAll(selector)].filter((part) => part.offsetParent && part.offsetHeight);
-    const groups = [...labels, ...[...new Set(shown(parts).map((part) => part.parentElement))]];
-    const found = [];
-    for (const group of groups) {
-        const boxes = (typeof group === "string" ? shown(group) : [...group.children].filter((part) => part.offsetHeight))
-            .map((part) => [part, part.getBoundingClientRect()]);
-        boxes.forEach(([one, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
-            const over = [Math.min(a.right, b.right) - Math.max(a.left, b.left), Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top)];
-            if (Math.min(...over) > 1) found.push([one.className || one.textContent, other.className || other.textContent, ...over]);
-        }));
-    }
-    return found;
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +271,7 @@ def test_nothing_overlaps(monkeypatch, show, data, bases, lora_file, tmp_path, t
     opened.set_viewport_size({"width": width, "height": 900})
     opened.wait_for_timeout(100)
     picture(opened, f"page-{what}-{theme}-{width}")
-    assert opened.evaluate(OVERLAPS, [PARTS, *LABELS]) == []
+    assert overlaps(opened) == []
 
 
 def test_names_of_layers_of_no_block(show):

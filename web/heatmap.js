@@ -7,7 +7,8 @@ import { say } from "./texts.js";
 
 const LETTER = 5.6; // width of a letter of the axis labels, in CSS pixels
 const LINE = 11; // and their height
-const [DOT, MARK] = [1.7, 3]; // least radius of a dot and of the other marks, in CSS pixels
+const [DOT, MARK] = [1.7, 3]; // radius of a dot and of the other marks, in CSS pixels; less where cells are small
+const FINE = 5; // cells of fewer CSS pixels have thin marks
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
 /**
@@ -94,8 +95,9 @@ export function heatMap({ onPoint, onPin }) {
   function drawMarks() {
     const { columns } = shown.map;
     const unit = columns.length / Math.max(plot.clientWidth, 1);
-    const r = Math.max(0.2, MARK * unit);
-    const dot = Math.max(0.12, DOT * unit);
+    const size = Math.min(1, Math.max(1 / unit / FINE, 0.4));
+    const [dot, r] = [Math.max(0.12, DOT * unit * size), Math.max(0.2, MARK * unit * size)];
+    over.classList.toggle("lorax-fine", 1 / unit < FINE);
     const paths = { all: "", some: "", none: "" };
     for (const { row, column, count, above } of shown.cells) {
       const [x, y] = [column + 0.5, row + 0.5];

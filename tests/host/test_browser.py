@@ -94,7 +94,10 @@ def drop(page, workflow, name="views.json"):
 
 def at_scale(page, scale):
     page.evaluate(
-        "scale => { app.canvas.ds.scale = scale; app.canvas.ds.offset = [90 / scale, 90 / scale]; app.graph.setDirtyCanvas(true, true) }",
+        """scale => {
+            Object.assign(app.canvas.ds, { scale, offset: [90 / scale, 90 / scale] });
+            app.graph.setDirtyCanvas(true, true);
+        }""",
         scale,
     )
     page.wait_for_timeout(500)
