@@ -21,8 +21,10 @@ lint: .venv/.dev  ## Format, lint, types, import boundaries
 
 check: lint test  ## All of lint, and the tests
 
-bench: .venv/.dev  ## Time, peak memory and error on full-size bases; JSON in benchmarks/results
-	$(BIN)/python -m benchmarks
+PROFILE ?= full
+bench: .venv/.dev  ## Time, peak memory and error on full-size bases (PROFILE=smoke: small ones); JSON in benchmarks/results
+	$(BIN)/python -m benchmarks --profile $(PROFILE)
+	$(BIN)/python -m benchmarks.spectra --profile $(PROFILE)
 
 install: .venv/.dev  ## Set up .venv with all that development needs
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from demo.pruned import pruned_pair
 from demo.synthetic import base_tensors
-from lorax import Base, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import Base, Cache, Engine, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.families import families
 
 RANK, LORA_RANK, SAMPLE = 320, 16, 12
 
 
 def make(work: str, folder: Path, channels: int) -> None:
-    """Write source, target and a rank-16 LoRA on every attention layer of the U-Net.
+    """Write source, target and a rank-16 LoRA on every attention layer of the U-Net; `sd1:4` has four times the blocks.
 
     The target is the source with a tenth of noise; in `sdxl-ssd1b` also with more than half of its blocks taken out.
     """
@@ -28,8 +28,10 @@ def make(work: str, folder: Path, channels: int) -> None:
     if work == "sdxl-ssd1b":
         _, _, truth = pruned_pair(folder, change=0.1, channels=channels, dtype=torch.float16)
     else:
-        shape = replace(families()[work], text_encoders=())
-        shape = replace(shape, unet=replace(shape.unet, model_channels=channels))
+        family, _, depth = work.partition(":")
+        shape = replace(families()[family], text_encoders=())
+        deeper = [blocks * int(depth or 1) for blocks in shape.unet.transformer_depth]
+        shape = replace(shape, unet=replace(shape.unet, model_channels=channels, transformer_depth=tuple(deeper)))
         for name, change in (("source", 0.0), ("target", 0.1)):
             save_file(base_tensors(shape, 1, change=change), folder / f"{name}.safetensors")
     (folder / "truth.json").write_text(json.dumps(truth))
@@ -42,11 +44,13 @@ def make(work: str, folder: Path, channels: int) -> None:
     save_file(tensors, folder / "lora.safetensors")
 
 
-def ours(folder: Path, method: str, device: str, *, fast: bool) -> dict[str, str]:
+def ours(folder: Path, method: str, device: str, who: str) -> dict[str, str]:
     """Transfer as the command line does, files included; return the source of each layer of the target."""
+    cache = Cache(folder / "cache", 2**36) if who in ("ours-filling", "ours-cached") else None
     source, target = open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
     adapter = load_adapter(folder / "lora.safetensors", source)
-    result, report = transfer_adapter(adapter, source, target, method=method, device=device, fast=fast)
+    engine = Engine(device, who == "ours-fast", cache)
+    result, report = transfer_adapter(adapter, source, target, method=method, engine=engine)
     save_adapter(result, folder / "out.safetensors")
     return {row.target: row.source for row in report.rows if row.target}
 
@@ -91,7 +95,7 @@ def main() -> None:
         return
     folder, method, device = Path(words[0]), words[1], words[2]
     start = time.perf_counter()
-    pairs = svd_loop(folder, device) if what == "svd-loop" else ours(folder, method, device, fast=what == "ours-fast")
+    pairs = svd_loop(folder, device) if what == "svd-loop" else ours(folder, method, device, what)
     row = {
         "who": what,
         "method": method,

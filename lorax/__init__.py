@@ -8,7 +8,9 @@ from .version import __version__
 if TYPE_CHECKING:
     from .adapters import Adapter, LoraLayer, LoraXLayer, load_adapter, save_adapter
     from .base import Base, open_base
+    from .cache import Cache, open_cache
     from .convert import convert_to_lora, convert_to_lora_x
+    from .engine import Engine
     from .errors import (
         FileError,
         FormatError,
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 _PLACES = {
     "adapters": ("Adapter", "LoraLayer", "LoraXLayer", "load_adapter", "save_adapter"),
     "base": ("Base", "open_base"),
+    "cache": ("Cache", "open_cache"),
     "convert": ("convert_to_lora", "convert_to_lora_x"),
+    "engine": ("Engine",),
     "errors": (
         "FileError",
         "FormatError",
@@ -50,6 +54,8 @@ __all__ = [
     "Adapter",
     "Assignment",
     "Base",
+    "Cache",
+    "Engine",
     "FileError",
     "FormatError",
     "Layer",
@@ -74,6 +80,7 @@ __all__ = [
     "load_assignment",
     "match_bases",
     "open_base",
+    "open_cache",
     "pair_scores",
     "save_adapter",
     "similarity_json",

@@ -48,6 +48,7 @@ class Base:
         naming: How its file spells the layers: `original` or `diffusers`.
         dtypes: How many tensors are stored in each dtype.
         parameters: How many numbers they hold.
+        digests: What `digest` has computed, by layer name.
     """
 
     name: str
@@ -59,9 +60,15 @@ class Base:
     naming: str = ""
     dtypes: Counter[str] = field(default_factory=Counter[str])
     parameters: int = 0
+    digests: dict[str, str] = field(default_factory=dict[str, str])
+    _last: list[tuple[str, str, Tensor]] = field(
+        default_factory=list["tuple[str, str, Tensor]"], init=False, repr=False
+    )
 
     def weight(self, name: str, device: str = "cpu") -> Tensor:
-        """Return the weight of a layer as a float32 matrix `[m, n]` on `device`.
+        """Return the weight of a layer as a float32 matrix `[m, n]` on `device`, not to be changed.
+
+        The last one is held: one layer is asked for several times in a row.
 
         Raises:
             NumericsError: It holds NaN or Inf.
@@ -69,10 +76,14 @@ class Base:
         """
         import torch
 
+        for known, place, matrix in self._last:
+            if (known, place) == (name, device):
+                return matrix
         layer = self.layers[name]
         matrix = self.read(layer).to(device, torch.float32).reshape(layer.matrix_shape)
         if not bool(torch.isfinite(matrix).all()):
             raise NumericsError("a weight of a base holds NaN or Inf", f"{name} in {self.name}", "use a sound copy")
+        self._last[:] = [(name, device, matrix)]
         return matrix
 
     def fused_weight(self, layer: Layer, device: str = "cpu") -> Tensor | None:
@@ -83,16 +94,21 @@ class Base:
         parts = parts or (self.layers.find(layer.component, layer.original) if layer.original else [])
         return torch.cat([self.weight(part.name, device) for part in parts]) if parts else None
 
-    def fingerprint(self, name: str) -> str:
-        """Return 16 hex digits that name the content of a layer.
+    def digest(self, name: str) -> str:
+        """Return the SHA-256 of a layer's shape and its values in float32, in hex; it is computed once.
 
-        They are the start of the SHA-256 of its shape and its values in float32. Storage in another dtype with the same
-        values gives the same fingerprint.
+        Storage in another dtype with the same values gives the same digest.
         """
-        matrix = self.weight(name).contiguous()
-        digest = hashlib.sha256(repr(tuple(matrix.shape)).encode())
-        digest.update(matrix.numpy().data)
-        return digest.hexdigest()[:16]
+        if name not in self.digests:
+            matrix = self.weight(name).contiguous()
+            digest = hashlib.sha256(repr(tuple(matrix.shape)).encode())
+            digest.update(matrix.numpy().data)
+            self.digests[name] = digest.hexdigest()
+        return self.digests[name]
+
+    def fingerprint(self, name: str) -> str:
+        """Return 16 hex digits that name the content of a layer: the start of its digest."""
+        return self.digest(name)[:16]
 
     def identity(self) -> str:
         """Return a text that names the content of the base: the fingerprints of a sample of its layers.

@@ -1,4 +1,4 @@
-"""The command line: `lorax inspect | similarity | transfer | convert`."""
+"""The command line: `lorax inspect | similarity | transfer | convert | cache`."""
 
 import json
 import math
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from .base import Base
+    from .engine import Engine
 
 app = typer.Typer(
     help="Move adapters (LoRA, LoRA-X) between diffusion base models, without training and without data.",
@@ -28,6 +29,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+caches = typer.Typer(help="What is kept of earlier work, so that no layer is decomposed twice.", no_args_is_help=True)
+app.add_typer(caches, name="cache")
 
 
 class DType(StrEnum):
@@ -56,6 +61,9 @@ NamingOption = Annotated[Naming, typer.Option(help="Spelling of the layers in th
 DTypeOption = Annotated[DType, typer.Option(help="Storage of the result.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write a page to look at in a browser.")]
+CacheOption = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Take subspaces and scores from the cache, and keep new ones there.")
+]
 RankOption = Annotated[
     int | None,
     typer.Option(help="Singular directions that make a weight's leading subspace.", show_default=str(RANK)),
@@ -100,6 +108,7 @@ def similarity(
     png_file: Annotated[Path | None, typer.Option("--png", help="Draw the heat maps to this file.")] = None,
     html_file: HtmlOption = None,
     device: DeviceOption = Device.auto,
+    cache: CacheOption = True,
 ) -> None:
     """Compare the singular subspaces of two bases: every source layer with every target layer of its kind."""
     from .base import open_base
@@ -123,7 +132,7 @@ def similarity(
             base_t,
             rank=None if rank == "full" else int(rank),
             attention_only=layers == "attention",
-            device=_device(device),
+            engine=_engine(device, cache),
             progress=progress,
         )
     print_similarity(result)
@@ -132,7 +141,7 @@ def similarity(
     if png_file:
         write_bytes(png_file, png(result))
     if html_file:
-        pairs = match_bases(base_s, base_t, known=known_scores(result), device=_device(device))
+        pairs = match_bases(base_s, base_t, known=known_scores(result), engine=_engine(device, cache))
         write_bytes(html_file, page(similarity_view(result, base_s, base_t, pairs)).encode())
 
 
@@ -173,6 +182,7 @@ def transfer(
     fast: Annotated[
         bool, typer.Option("--fast", help="Subspaces about twice as fast, the update right to about 1e-4.")
     ] = False,
+    cache: CacheOption = True,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if any layer gets no update.")] = False,
 ) -> None:
     """Move an adapter from its source base to a target base."""
@@ -202,8 +212,7 @@ def transfer(
             dora=dora.value,
             output_format=output_format.value,
             dtype=_dtype(dtype),
-            device=_device(device),
-            fast=fast,
+            engine=_engine(device, cache, fast=fast),
             strict=strict,
             progress=progress,
         )
@@ -229,6 +238,7 @@ def convert(
     naming: NamingOption = Naming.keep,
     dtype: DTypeOption = DType.keep,
     device: DeviceOption = Device.auto,
+    cache: CacheOption = True,
 ) -> None:
     """Change the format of an adapter; its base stays the same."""
     from .adapters import load_adapter, save_adapter
@@ -238,16 +248,16 @@ def convert(
 
     base = open_base(source) if source else None
     _check_outputs([output], *([base] if base else []), adapter)
-    loaded = load_adapter(adapter, base)
+    loaded, engine = load_adapter(adapter, base), _engine(device, cache)
     with bar("converting") as progress:
         if to is Format.lora:
             result = convert_to_lora(
-                loaded, base, rank=LORA_RANK if rank is None else rank, device=_device(device), progress=progress
+                loaded, base, rank=LORA_RANK if rank is None else rank, engine=engine, progress=progress
             )
         elif base is None:
             raise OptionError("a LoRA-X is made of its source base", "--source is missing", "give --source")
         else:
-            result, shares = convert_to_lora_x(loaded, base, rank=rank, device=_device(device), progress=progress)
+            result, shares = convert_to_lora_x(loaded, base, rank=rank, engine=engine, progress=progress)
             kept = [share for share in shares.values() if math.isfinite(share)]
             mean = sum(kept) / len(kept) if kept else math.nan
             say.print(f"{len(shares)} layers, {mean:.0%} of the norm kept on average")
@@ -260,6 +270,40 @@ def convert(
         say.print(f"not used: {printable(key)} ({why})", markup=False)
 
 
+@caches.command()
+def info() -> None:
+    """Say where the cache is, and what is in it."""
+    from .cache import Cache
+
+    cache = Cache()
+    found = cache.info()
+    table = Table("kind", "entries", "MB", box=None)
+    for kind, numbers in found.items():
+        table.add_row(kind, str(numbers["entries"]), f"{numbers['bytes'] / 1e6:.1f}")
+    used = sum(numbers["bytes"] for numbers in found.values())
+    say.print(f"{printable(str(cache.folder))}: {used / 1e9:.2f} of at most {cache.limit / 1e9:.1f} GB", markup=False)
+    say.print("LORAX_CACHE names another folder (or off), LORAX_CACHE_GB another limit")
+    if found:
+        say.print(table)
+
+
+@caches.command()
+def verify() -> None:
+    """Read every entry and remove what is damaged."""
+    from .cache import Cache
+
+    sound, damaged = Cache().verify()
+    say.print(f"{sound} entries are sound, {len(damaged)} were damaged and are removed")
+
+
+@caches.command()
+def clear() -> None:
+    """Remove every entry."""
+    from .cache import Cache
+
+    say.print(f"{Cache().clear()} files removed")
+
+
 def _check_outputs(outputs: list[Path | None], *given: "Base | Path") -> None:
     from .tensorfile import check_output
 
@@ -269,6 +313,13 @@ def _check_outputs(outputs: list[Path | None], *given: "Base | Path") -> None:
         check_output(path, inputs)
     if len({path.absolute() for path in wanted}) < len(wanted):
         raise OptionError("two outputs have one name", str(wanted[0]), "give each its own name")
+
+
+def _engine(device: Device, cache: bool, *, fast: bool = False) -> "Engine":
+    from .cache import open_cache
+    from .engine import Engine
+
+    return Engine(_device(device), fast, open_cache() if cache else None)
 
 
 def _device(device: Device) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 from .adapters import Adapter, AdapterLayer, LoraLayer, LoraXLayer, VectorLayer, expand
 from .base import Base
+from .engine import CPU, Engine
 from .errors import MismatchError
-from .linalg import check_positive, decompose, norm
+from .linalg import check_positive, norm
 from .options import LORA_RANK, RANK
 from .progress import Progress, silent
 from .similarity import check_rank
@@ -17,7 +18,7 @@ def convert_to_lora(
     source: Base | None = None,
     *,
     rank: int = LORA_RANK,
-    device: str = "cpu",
+    engine: Engine = CPU,
     progress: Progress = silent,
 ) -> Adapter:
     """Write every layer as a LoRA: a LoRA-X exactly, `U diag(delta) Vh`, other kinds as the best of a given rank.
@@ -28,7 +29,7 @@ def convert_to_lora(
         adapter: The adapter.
         source: The base that it was made for; needed where the update depends on the weight: LoRA-X, DoRA, GLoRA, OFT.
         rank: Of the LoRA that an update without thin factors becomes.
-        device: Where to compute.
+        engine: How and where to compute.
         progress: Called with (done, total, layer name).
 
     Raises:
@@ -40,7 +41,7 @@ def convert_to_lora(
     layers: dict[str, AdapterLayer] = {}
     for done, (name, own) in enumerate(adapter.layers.items(), 1):
         if not isinstance(own, VectorLayer) and not (isinstance(own, LoraLayer) and own.is_thin):
-            B, A = expand(own, source, device, rank)
+            B, A = expand(own, source, engine, rank)
             layer = source.layers.get(name, own.layer) if source is not None else own.layer
             own = LoraLayer(layer, B.to("cpu", own.computed_dtype), A.to("cpu", own.computed_dtype))
         layers[name] = own
@@ -49,7 +50,7 @@ def convert_to_lora(
 
 
 def convert_to_lora_x(
-    adapter: Adapter, source: Base, *, rank: int | None = None, device: str = "cpu", progress: Progress = silent
+    adapter: Adapter, source: Base, *, rank: int | None = None, engine: Engine = CPU, progress: Progress = silent
 ) -> tuple[Adapter, Mapping[str, float]]:
     """Project an adapter on the LoRA-X adapters of its base: `delta_i = u_i^T delta_weight v_i`.
 
@@ -60,7 +61,7 @@ def convert_to_lora_x(
         adapter: The adapter, made for `source`.
         source: Its base.
         rank: Singular values that may move in each layer; None means 320, or as many as the layer has.
-        device: Where to compute.
+        engine: How and where to compute.
         progress: Called with (done, total, layer name).
 
     Returns:
@@ -81,8 +82,8 @@ def convert_to_lora_x(
         if layer is None or (isinstance(own, LoraLayer) and own.layer.matrix_shape != layer.matrix_shape):
             unused[name] = "the source base has no such layer" if layer is None else "the source layer has another size"
             continue
-        B, A = expand(own, source, device)
-        space = decompose(source.weight(name, device), rank or RANK)
+        B, A = expand(own, source, engine)
+        space = engine.triplets(source, name, rank or RANK)
         converted = LoraXLayer(layer, space.singular_change(B, A).cpu(), source.fingerprint(name))
         before = norm(B, A)
         shares[name] = converted.norm() / before if before else math.nan

@@ -80,7 +80,7 @@ def decompose(weight: Tensor, rank: int) -> Subspace:
     far = (matrix.T @ near) / S
     U, V = (near, far) if wide else (far, near)
     signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-    return Subspace((U * signs).float(), S.float(), (V * signs).T.contiguous().float())
+    return _subspace(U * signs, S, (V * signs).T)
 
 
 def leading_subspace(weight: Tensor, rank: int) -> Subspace:
@@ -115,7 +115,12 @@ def leading_subspace(weight: Tensor, rank: int) -> Subspace:
     S, turn = energy[-rank:].sqrt().flip(0).float(), turn[:, -rank:].flip(1).float()
     near, far = basis @ turn, (image @ turn) / S
     U, V = (near, far) if wide else (far, near)
-    return Subspace(U, S, V.T)
+    return _subspace(U, S, V.T)
+
+
+def _subspace(U: Tensor, S: Tensor, Vh: Tensor) -> Subspace:
+    """Lay the numbers out in one way: products round by the layout, and the cache keeps only the numbers."""
+    return Subspace(U.float().contiguous(), S.float().contiguous(), Vh.float().contiguous())
 
 
 def gram(X: Tensor) -> Tensor:

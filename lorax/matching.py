@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .base import Base
+from .engine import CPU, Engine
 from .errors import FormatError, OptionError
 from .layers import Layer, LayerTable
 from .options import MATCHINGS
@@ -106,7 +107,7 @@ def match_bases(
     matching: str = "auto",
     *,
     known: Scores | None = None,
-    device: str = "cpu",
+    engine: Engine = CPU,
     progress: Progress = silent,
 ) -> Assignment:
     """Decide which source layer feeds which target layer.
@@ -119,7 +120,7 @@ def match_bases(
             most similar module of the same role in the stage, in any order and as often as it comes (the published
             rule).
         known: Scores of layer pairs that are known already; they are not computed again.
-        device: Where to compare.
+        engine: How and where to compute.
         progress: Called with (done, total, layer name).
 
     Raises:
@@ -146,8 +147,9 @@ def match_bases(
     roles = [pair for blocks in compared for pair in _roles(*blocks)]
     new = [(s, t) for s, t in roles if any((x.name, y.name) not in scores for x in s for y in t)]
     tick = counter(progress, sum(len(s) + len(t) for s, t in new))
-    for sources, targets in new:
-        scores |= score_layers(source, target, sources, targets, device=device, tick=tick)
+    with engine.remembering(source, target):
+        for sources, targets in new:
+            scores |= score_layers(source, target, sources, targets, engine=engine, tick=tick)
     for blocks_s, blocks_t in compared:
         found, way = (_argmax if matching == "argmax" else _in_order)(blocks_s, blocks_t, scores)
         pairs |= found

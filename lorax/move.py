@@ -10,10 +10,11 @@ from . import methods
 from .adapters import AdapterLayer, DiffLayer, LoraLayer, LoraXLayer, VectorLayer, expand
 from .adapters.layer import with_magnitude, without_magnitude
 from .base import Base
+from .engine import Engine
 from .layers import Layer
-from .linalg import Subspace, decompose, leading_subspace, recompress
+from .linalg import Subspace, recompress
 from .report import BOTH_RESIZED, Outcome, Row
-from .similarity import Score, pair_scores
+from .similarity import Score, pair_scores, score_layers
 
 Move = tuple[Row, AdapterLayer | None]
 
@@ -40,8 +41,7 @@ class Mover:
     dora: str
     lora_x: bool
     dtype: torch.dtype | None
-    device: str
-    fast: bool
+    engine: Engine
 
     def move(self, own: AdapterLayer) -> Iterator[Move]:
         """Yield what becomes of one layer of an adapter: a row for each place where it arrives or does not."""
@@ -71,14 +71,14 @@ class Mover:
         """Move an update that its kind cannot cut, of a fused weight: copied, or made dense and then cut."""
         scale = own.parts().get("dora_scale")
         stays = self.method in ("auto", "copy") and not self.lora_x and (scale is None or self.dora != "dense")
-        weight = torch.cat([self.source.weight(part.name, self.device) for part in parts])
+        weight = torch.cat([self.engine.weight(self.source, part.name) for part in parts])
         places = [self.target.layers[found[0]] for part in parts if (found := self.targets.get(part.name))]
         if own.layer.matrix_shape != tuple(weight.shape):
             note = f"adapter {own.layer.matrix_shape}, source {tuple(weight.shape)}"
             yield Row(own.layer.name, "", Outcome.SHAPE_MISMATCH, note=note), None
         elif stays and self._alike(parts, places):
             layer = Layer(f"{places[0].component}.{places[0].original}", own.layer.shape, places[0].original)
-            weight_t = torch.cat([self.target.weight(place.name, self.device) for place in places])
+            weight_t = torch.cat([self.engine.weight(self.target, place.name) for place in places])
             left, right = pair_scores(weight, weight_t)
             row = Row(own.layer.name, layer.name, Outcome.TRANSFERRED, "copy", 0, left, right, own.norm(weight))
             if row.corrected <= self.threshold:
@@ -103,53 +103,55 @@ class Mover:
         layer_s, layer_t = self.source.layers.get(own.layer.name), self.target.layers.get(place)
         row = Row(own.layer.name, place, Outcome.TRANSFERRED)
         fits = layer_s is not None and (not own.layer.shape or own.layer.matrix_shape == layer_s.matrix_shape)
-        read = fits and (layer_t is not None or own.needs_weight)
-        weight_s = self.source.weight(own.layer.name, self.device) if read else None
-        if fits or isinstance(own, LoraXLayer) or not own.needs_weight:
-            row = replace(row, source_norm=own.norm(weight_s))
+        if fits or not _weighed(own):
+            row = replace(row, source_norm=self._norm(own, self.source))
         if layer_s is None:
             return replace(row, outcome=Outcome.NO_SOURCE_LAYER), None
         if not fits:
             note = f"adapter {own.layer.matrix_shape}, source {layer_s.matrix_shape}"
             return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
-        if layer_t is None or weight_s is None:
+        if layer_t is None:
             return replace(row, outcome=Outcome.NO_TARGET_LAYER), None
         sizes, sizes_t = layer_s.matrix_shape, layer_t.matrix_shape
         method = _method(self.method, own, resized=sizes != sizes_t)
         if method in ("copy", "project", "subspace-null") and sizes != sizes_t:
             note = f"{method} needs equal sizes, source {sizes}, target {sizes_t}"
             return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
-        weight_t = self.target.weight(place, self.device)
-        left, right = self.scores.get((layer_s.name, place)) or pair_scores(weight_s, weight_t)
+        pair = layer_s.name, place
+        known = self.scores if pair in self.scores else self._scores(layer_s, layer_t)
+        left, right = known[pair]
         row = replace(row, method=method, left=left, right=right)
         if row.corrected <= self.threshold:
             return replace(row, outcome=Outcome.BELOW_THRESHOLD), None
         scale = own.parts().get("dora_scale")
         if scale is None or self.dora == "dense" or self.lora_x or sizes != sizes_t:
-            result, rank, note = self._moved(own, method, (layer_s, weight_s), (layer_t, weight_t))
+            result, rank, note = self._moved(own, method, layer_s, layer_t)
         else:
-            plain = without_magnitude(own)
-            result, rank, note = self._moved(plain, method, (layer_s, weight_s), (layer_t, weight_t))
-            result = with_magnitude(result, own.magnitude_on(weight_s, weight_t))
-        return replace(row, rank=rank, target_norm=result.norm(weight_t), note=note), result
+            result, rank, note = self._moved(without_magnitude(own), method, layer_s, layer_t)
+            weights = self.engine.weight(self.source, layer_s.name), self.engine.weight(self.target, place)
+            result = with_magnitude(result, own.magnitude_on(*weights))
+        return replace(row, rank=rank, target_norm=self._norm(result, self.target), note=note), result
 
-    def _moved(
-        self, own: AdapterLayer, method: str, pair_s: tuple[Layer, Tensor], pair_t: tuple[Layer, Tensor]
-    ) -> tuple[AdapterLayer, int, str]:
+    def _scores(self, layer_s: Layer, layer_t: Layer) -> Mapping[tuple[str, str], tuple[Score, Score]]:
+        return score_layers(self.source, self.target, [layer_s], [layer_t], engine=self.engine)
+
+    def _norm(self, own: AdapterLayer, base: Base) -> float:
+        return own.norm(self.engine.weight(base, own.layer.name) if _weighed(own) else None)
+
+    def _moved(self, own: AdapterLayer, method: str, layer_s: Layer, layer_t: Layer) -> tuple[AdapterLayer, int, str]:
         """Return the update on the target, the rank of the subspaces that were used, and what else to know."""
-        (layer_s, weight_s), (layer_t, weight_t) = pair_s, pair_t
         as_it_is = not isinstance(own, LoraXLayer) and "dora_scale" not in own.parts()
         if method == "copy" and as_it_is and not self.lora_x:
             return own.moved(layer_t, self.dtype), 0, ""
-        B, A = expand(own, self.source, self.device)
+        B, A = expand(own, self.source, self.engine)
         note, rank = "", 0
         if method != "copy" or self.lora_x:
             projects = method in ("project", "subspace-null") and not self.lora_x
-            space = leading_subspace if self.fast and projects else decompose
-            space_t = space(weight_t, self.rank)
+            space = self.engine.subspace if projects else self.engine.triplets
+            space_t = space(self.target, layer_t.name, self.rank)
             rank = space_t.rank
             if method != "copy":
-                space_s = space(weight_s, self.rank) if method != "project" else space_t
+                space_s = space(self.source, layer_s.name, self.rank) if method != "project" else space_t
                 B, A = _APPLY[method](B, A, space_s, space_t)
                 note = _note(layer_s, layer_t, space_t)
             if self.lora_x:
@@ -159,6 +161,11 @@ class Mover:
             B, A = recompress(B, A, self.lora_rank)
             note = "; ".join(filter(None, (note, f"{own.kind} made a LoRA of rank {self.lora_rank}")))
         return _like(own, layer_t, B, A, self.dtype), rank, note
+
+
+def _weighed(own: AdapterLayer) -> bool:
+    """Return whether the norm of an update depends on the weight: that of a LoRA-X is the norm of its delta."""
+    return own.needs_weight and not isinstance(own, LoraXLayer)
 
 
 def _note(source: Layer, target: Layer, space: Subspace) -> str:

@@ -10,6 +10,10 @@ def silent(done: int, total: int, what: str) -> None:
     """Say nothing: the default."""
 
 
+def unheard(what: str) -> None:
+    """Say nothing of one thing that is done."""
+
+
 def counter(progress: Progress, total: int) -> Callable[[str], None]:
     """Return a function to be called with the name of each thing that is done; it counts, at most to `total`."""
     done = 0

@@ -7,16 +7,18 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .base import Base
+from .engine import CPU, ENGINE, Engine
 from .errors import MismatchError, OptionError
 from .layers import Layer
-from .linalg import decompose, gram
-from .progress import Progress, counter, silent
+from .linalg import Subspace, decompose, gram
+from .progress import Progress, counter, silent, unheard
 
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
 GRAM_LIMIT = 4096
@@ -51,45 +53,65 @@ class _Side:
     held: Tensor
 
 
-def _sides(weight: Tensor, rank: int | None) -> tuple[_Side, _Side]:
+def _sides(weight: Tensor) -> tuple[_Side, _Side]:
     """Return the left (output) and the right (input) side: `W W^T` and `W^T W` have one trace and one norm."""
-    if rank is not None:
-        space = decompose(weight, rank)
-        energy = space.S.double().square()
-        trace, norm = float(energy.sum()), float(energy.norm())
-        left, right = (_held(space.U * space.S), _held(space.Vh.T * space.S))
-    else:
-        wide = weight.shape[0] <= weight.shape[1]
-        G = gram(weight if wide else weight.T)
-        trace, norm = float(G.diagonal().double().sum()), float(torch.linalg.vector_norm(G.double()))
-        left = G if wide and G.shape[0] <= GRAM_LIMIT else _held(weight)
-        right = G if not wide and G.shape[0] <= GRAM_LIMIT else _held(weight.T)
+    wide = weight.shape[0] <= weight.shape[1]
+    G = gram(weight if wide else weight.T)
+    trace, norm = float(G.diagonal().double().sum()), float(torch.linalg.vector_norm(G.double()))
+    left = G if wide and G.shape[0] <= GRAM_LIMIT else _held(weight)
+    right = G if not wide and G.shape[0] <= GRAM_LIMIT else _held(weight.T)
     return _Side(weight.shape[0], trace, norm, left), _Side(weight.shape[1], trace, norm, right)
+
+
+def _leading_sides(space: Subspace) -> tuple[_Side, _Side]:
+    """Return the two sides of a weight cut to its leading triplets."""
+    energy = space.S.double().square()
+    trace, norm = float(energy.sum()), float(energy.norm())
+    left, right = _held(space.U * space.S), _held(space.Vh.T * space.S)
+    return _Side(space.U.shape[0], trace, norm, left), _Side(space.Vh.shape[1], trace, norm, right)
 
 
 def _held(X: Tensor) -> Tensor:
     return gram(X) if X.shape[0] <= GRAM_LIMIT else X
 
 
-def _scores(sources: list[_Side], targets: list[_Side]) -> list[list[Score]]:
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """One side of some layers; the Gram matrices of one width lie in one matrix, a row for each."""
+
+    sides: list[_Side]
+    places: dict[int, list[int]]
+    stacks: dict[int, Tensor]
+
+
+def _group(sides: list[_Side]) -> _Group:
+    places: dict[int, list[int]] = {}
+    for i, side in enumerate(sides):
+        places.setdefault(side.d, []).append(i)
+    stacks: dict[int, Tensor] = {}
+    for d, found in places.items():
+        if d <= GRAM_LIMIT:
+            stacks[d] = torch.stack([sides[i].held.flatten() for i in found])
+            for i in found:
+                sides[i] = replace(sides[i], held=stacks[d].new_empty(0))
+    return _Group(sides, places, stacks)
+
+
+def _scores(sources: _Group, targets: _Group) -> list[list[Score]]:
     """Compare every source with every target; the inner products of all Gram matrices are one matrix product."""
-    table = [[NO_SCORE] * len(targets) for _ in sources]
-    for d in {side.d for side in sources} & {side.d for side in targets}:
-        rows, columns = ([i for i, side in enumerate(sides) if side.d == d] for sides in (sources, targets))
+    table = [[NO_SCORE] * len(targets.sides) for _ in sources.sides]
+    for d in sources.places.keys() & targets.places.keys():
+        rows, columns = sources.places[d], targets.places[d]
         if d > GRAM_LIMIT:
             inner = [
-                [float(torch.linalg.vector_norm(sources[i].held.T @ targets[j].held)) ** 2 for j in columns]
+                [float(torch.linalg.vector_norm(sources.sides[i].held.T @ targets.sides[j].held)) ** 2 for j in columns]
                 for i in rows
             ]
         else:
-            left, right = (
-                torch.stack([side.held.flatten() for side in sides])
-                for sides in ([sources[i] for i in rows], [targets[j] for j in columns])
-            )
-            inner = (left @ right.T).tolist()
+            inner = (sources.stacks[d] @ targets.stacks[d].T).tolist()
         for i, line in zip(rows, inner, strict=True):
             for j, value in zip(columns, line, strict=True):
-                s, t = sources[i], targets[j]
+                s, t = sources.sides[i], targets.sides[j]
                 if scale := s.norm * t.norm:
                     table[i][j] = Score(value / scale, s.trace * t.trace / (d * scale))
     return table
@@ -106,8 +128,12 @@ def pair_scores(source: Tensor, target: Tensor, rank: int | None = None) -> tupl
     Returns:
         Left and right score; a side has NaN where its sizes differ or a weight is zero.
     """
-    (left_s, right_s), (left_t, right_t) = _sides(source, rank), _sides(target, rank)
-    return _scores([left_s], [left_t])[0][0], _scores([right_s], [right_t])[0][0]
+    (left_s, right_s), (left_t, right_t) = (
+        _sides(weight) if rank is None else _leading_sides(decompose(weight, rank)) for weight in (source, target)
+    )
+    sides = (left_s, left_t), (right_s, right_t)
+    left, right = (_scores(_group([s]), _group([t]))[0][0] for s, t in sides)
+    return left, right
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +178,7 @@ def compare_bases(
     *,
     rank: int | None = None,
     attention_only: bool = True,
-    device: str = "cpu",
+    engine: Engine = CPU,
     progress: Progress = silent,
 ) -> Similarity:
     """Compare every source layer with every target layer of the same kind, on both sides where the sizes agree.
@@ -162,7 +188,7 @@ def compare_bases(
         target: The base that it shall move to.
         rank: Compare only the leading triplets; None (the default) compares whole layers and decomposes nothing.
         attention_only: Only the attention projections, where LoRA-X adapters live; False takes every layer.
-        device: Where to compute, such as `cpu` or `cuda`.
+        engine: How and where to compute.
         progress: Called with (done, total, layer name); an exception that it raises stops the work.
 
     Returns:
@@ -183,11 +209,12 @@ def compare_bases(
         raise MismatchError("the two bases share no kind of layer", got, "compare bases of related families")
     check_rank(rank, (layer for s, t in kinds.values() for layer in s + t))
     tick = counter(progress, sum(len(s) + len(t) for s, t in kinds.values()))
-    result = Similarity(source.name, target.name, rank, (source.identity(), target.identity()))
-    for kind, (sources, targets) in kinds.items():
-        scores = score_layers(source, target, sources, targets, rank=rank, device=device, tick=tick)
-        left, right = ([[scores[s.name, t.name][side] for t in targets] for s in sources] for side in (0, 1))
-        result.kinds.append(KindSimilarity(kind, sources, targets, left, right))
+    with engine.remembering(source, target):
+        result = Similarity(source.name, target.name, rank, (source.identity(), target.identity()))
+        for kind, (sources, targets) in kinds.items():
+            scores = score_layers(source, target, sources, targets, rank=rank, engine=engine, tick=tick)
+            left, right = ([[scores[s.name, t.name][side] for t in targets] for s in sources] for side in (0, 1))
+            result.kinds.append(KindSimilarity(kind, sources, targets, left, right))
     return result
 
 
@@ -198,8 +225,8 @@ def score_layers(
     targets: list[Layer],
     *,
     rank: int | None = None,
-    device: str = "cpu",
-    tick: Callable[[str], None],
+    engine: Engine = CPU,
+    tick: Callable[[str], None] = unheard,
 ) -> dict[tuple[str, str], tuple[Score, Score]]:
     """Compare every one of some source layers with every one of some target layers, on both sides.
 
@@ -209,33 +236,76 @@ def score_layers(
         sources: Layers of the source.
         targets: Layers of the target.
         rank: Compare only the leading triplets; None compares whole layers.
-        device: Where to compute.
+        engine: How and where to compute.
         tick: Called with the name of each layer that was read.
 
     Returns:
         Left and right score by (source layer name, target layer name).
     """
+    pairs = [(s.name, t.name) for s in sources for t in targets]
+    key: list[object] = []
+    if engine.cache is not None:
+        names = [layer.name for layer in sources], [layer.name for layer in targets]
+        key = [ENGINE, rank, *(engine.digests(base, of) for base, of in zip((source, target), names, strict=True))]
+        if (found := engine.cache.read("scores", *key)) is not None:
+            values = [Score(*score) for score in np.frombuffer(found).reshape(-1, 2).tolist()]
+            return dict(zip(pairs, zip(values[::2], values[1::2], strict=True), strict=True))
+    scores = _compare(source, target, sources, targets, rank, engine, tick)
+    if engine.cache is not None:
+        numbers = [(score.phi, score.chance) for pair in pairs for score in scores[pair]]
+        engine.cache.write(np.array(numbers, np.float64).tobytes(), "scores", *key)
+    return scores
+
+
+def _compare(
+    source: Base,
+    target: Base,
+    sources: list[Layer],
+    targets: list[Layer],
+    rank: int | None,
+    engine: Engine,
+    tick: Callable[[str], None],
+) -> dict[tuple[str, str], tuple[Score, Score]]:
     scores: dict[tuple[str, str], tuple[Score, Score]] = {}
 
-    def hold(base: Base, layers: Iterator[Layer], budget: int) -> dict[str, tuple[_Side, _Side]]:
-        """Take layers until what is held of them fills the budget."""
-        held: dict[str, tuple[_Side, _Side]] = {}
-        size = 0
-        while (size < budget or not held) and (layer := next(layers, None)) is not None:
-            held[layer.name] = _sides(base.weight(layer.name, device), rank)
-            size += sum(side.held.nbytes for side in held[layer.name])
-            tick(layer.name)
-        return held
+    def sides(base: Base, layers: list[Layer]) -> Iterator[tuple[str, tuple[_Side, _Side]]]:
+        names = [layer.name for layer in layers]
+        found = (
+            map(_sides, engine.weights(base, names))
+            if rank is None
+            else (_leading_sides(engine.triplets(base, name, rank)) for name in names)
+        )
+        for name, both in zip(names, found, strict=True):
+            tick(name)
+            yield name, both
 
-    waiting = iter(sources)
-    while held_s := hold(source, waiting, BUDGET_BYTES):
-        streamed = iter(targets)
-        while held_t := hold(target, streamed, BUDGET_BYTES // 4):
-            sides = [_scores([s[k] for s in held_s.values()], [t[k] for t in held_t.values()]) for k in (0, 1)]
-            for i, name_s in enumerate(held_s):
-                for j, name_t in enumerate(held_t):
-                    scores[name_s, name_t] = sides[0][i][j], sides[1][i][j]
+    for names_s, groups_s in _within(BUDGET_BYTES, sides(source, sources)):
+        for names_t, groups_t in _within(BUDGET_BYTES // 4, sides(target, targets)):
+            left, right = map(_scores, groups_s, groups_t)
+            for i, name_s in enumerate(names_s):
+                for j, name_t in enumerate(names_t):
+                    scores[name_s, name_t] = left[i][j], right[i][j]
     return scores
+
+
+def _within(
+    budget: int, found: Iterator[tuple[str, tuple[_Side, _Side]]]
+) -> Iterator[tuple[list[str], tuple[_Group, _Group]]]:
+    """Yield layers in groups: as many as what is held of them fills the budget, one at least."""
+    names: list[str] = []
+    left: list[_Side] = []
+    right: list[_Side] = []
+    size = 0
+    for name, sides in found:
+        names.append(name)
+        left.append(sides[0])
+        right.append(sides[1])
+        size += sum(side.held.nbytes for side in sides)
+        if size >= budget:
+            yield names, (_group(left), _group(right))
+            names, left, right, size = [], [], [], 0
+    if names:
+        yield names, (_group(left), _group(right))
 
 
 def highest_rank(layers: Iterable[Layer]) -> int:

@@ -151,8 +151,14 @@ def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
     return out
 
 
-def write_bytes(path: Path, content: bytes, *, overwrite: bool = True) -> None:
+def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: bool = True) -> None:
     """Write `content` to a temporary name beside `path`, then rename: whole or not at all.
+
+    Args:
+        path: The file.
+        content: All of it.
+        overwrite: Replace a file that is there.
+        durable: Wait until it would outlive a loss of power; for what can be made again that is not worth the wait.
 
     Raises:
         OutputError: The disk is full, the folder cannot be written, or the file is there and `overwrite` is False;
@@ -162,8 +168,9 @@ def write_bytes(path: Path, content: bytes, *, overwrite: bool = True) -> None:
     try:
         with temporary.open("xb") as out:
             out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
+            if durable:
+                out.flush()
+                os.fsync(out.fileno())
         if overwrite:
             os.replace(temporary, path)
         else:

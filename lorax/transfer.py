@@ -7,6 +7,7 @@ import torch
 
 from .adapters import Adapter, AdapterLayer, LoraXLayer
 from .base import Base
+from .engine import CPU, Engine
 from .errors import MismatchError, OptionError
 from .layers import Layer
 from .linalg import check_positive
@@ -33,8 +34,7 @@ def transfer_adapter(
     dora: str = "direction",
     output_format: str = "lora",
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    fast: bool = False,
+    engine: Engine = CPU,
     strict: bool = False,
     similarity: Similarity | None = None,
     progress: Progress = silent,
@@ -58,9 +58,7 @@ def transfer_adapter(
             `dense`: what the whole DoRA changes is moved, as a LoRA.
         output_format: `lora`: factors of the rank of the input; `lora-x`: singular values of the target.
         dtype: Of the factors of the result; None takes that of the input. Half precision rounds by 3e-4.
-        device: Where to compute, such as `cpu` or `cuda`.
-        fast: Find the subspaces of `project` and `subspace-null` about twice as fast, the update right to about 1e-4
-            instead of 1e-6; see `lorax.linalg.leading_subspace`.
+        engine: How and where to compute.
         strict: Raise if any layer gets no update.
         similarity: A comparison of these two bases; its scores are used instead of comparing the layers again.
         progress: Called with (done, total, layer name); an exception that it raises stops the work.
@@ -84,41 +82,41 @@ def transfer_adapter(
     rank = RANK if rank is None else rank
     adapter = adapter.resolved(source)
     _check_belongs(adapter, source, target)
-    if similarity is not None and similarity.identities != (source.identity(), target.identity()):
-        got = f"it compared {similarity.source} and {similarity.target}"
-        raise MismatchError("the similarity is of other bases", got, "compare source and target of this transfer")
-    known = known_scores(similarity)
-    if assignment is None:
-        assignment = match_bases(source, target, matching, known=known, device=device, progress=progress)
-    report = TransferReport(
-        adapter.name, source.name, target.name, method, rank, threshold, assignment, unused=dict(adapter.unused)
-    )
-    mover = Mover(
-        source,
-        target,
-        _targets(assignment, target),
-        known | dict(assignment.scores),
-        method,
-        rank,
-        lora_rank,
-        threshold,
-        dora,
-        output_format == "lora-x",
-        dtype,
-        device,
-        fast,
-    )
-    moved: dict[str, AdapterLayer] = {}
-    place = {name: i for i, name in enumerate(source.layers)}
-    todo = sorted(adapter.layers.values(), key=lambda own: (place.get(own.layer.name, len(place)), own.layer.name))
-    for done, own in enumerate(todo, 1):
-        for row, result in _kept(own, source, target, assignment) or mover.move(own):
-            if result is not None and result.layer.name in moved:
-                row, result = replace(row, outcome=Outcome.TWICE, note="another layer feeds the same"), None
-            report.rows.append(row)
-            if result is not None:
-                moved[result.layer.name] = result
-        progress(done, len(todo), own.layer.name)
+    with engine.remembering(source, target):
+        if similarity is not None and similarity.identities != (source.identity(), target.identity()):
+            got = f"it compared {similarity.source} and {similarity.target}"
+            raise MismatchError("the similarity is of other bases", got, "compare source and target of this transfer")
+        known = known_scores(similarity)
+        if assignment is None:
+            assignment = match_bases(source, target, matching, known=known, engine=engine, progress=progress)
+        report = TransferReport(
+            adapter.name, source.name, target.name, method, rank, threshold, assignment, unused=dict(adapter.unused)
+        )
+        mover = Mover(
+            source,
+            target,
+            _targets(assignment, target),
+            known | dict(assignment.scores),
+            method,
+            rank,
+            lora_rank,
+            threshold,
+            dora,
+            output_format == "lora-x",
+            dtype,
+            engine,
+        )
+        moved: dict[str, AdapterLayer] = {}
+        place = {name: i for i, name in enumerate(source.layers)}
+        todo = sorted(adapter.layers.values(), key=lambda own: (place.get(own.layer.name, len(place)), own.layer.name))
+        for done, own in enumerate(todo, 1):
+            for row, result in _kept(own, source, target, assignment) or mover.move(own):
+                if result is not None and result.layer.name in moved:
+                    row, result = replace(row, outcome=Outcome.TWICE, note="another layer feeds the same"), None
+                report.rows.append(row)
+                if result is not None:
+                    moved[result.layer.name] = result
+            progress(done, len(todo), own.layer.name)
     _check_arrived(report, strict)
     metadata = {
         **adapter.metadata,

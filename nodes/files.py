@@ -119,8 +119,8 @@ def expanded(adapter: Adapter, base: Base, names: Container[str]) -> Adapter:
     """Return an adapter with those of its LoRA-X layers that are in `names` expanded on their base."""
     changes = {name: own for name, own in adapter.layers.items() if isinstance(own, LoraXLayer) and name in names}
     lora = host.compute(
-        lambda device, progress: convert_to_lora(
-            replace(adapter, layers=changes), base, device=device, progress=progress
+        lambda engine, progress: convert_to_lora(
+            replace(adapter, layers=changes), base, engine=engine, progress=progress
         ),
         len(changes),
     )

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import comfy.lora
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from ..lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
 from ..lorax.base import Base, loaded_base
+from ..lorax.cache import open_cache
+from ..lorax.engine import Engine
 from ..lorax.errors import FormatError, MismatchError, OutputError
 from ..lorax.layers import Layer
 from ..lorax.progress import Progress
@@ -198,14 +201,15 @@ def _patch(target: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, Key], 
     return len(applied)
 
 
-def compute(work: Callable[[str, Progress], Result], steps: int) -> Result:
-    """Run `work(device, progress)` on the host's device, with its progress bar and its cancel button.
+def compute(work: Callable[[Engine, Progress], Result], steps: int, *, cache: bool = True) -> Result:
+    """Run `work(engine, progress)` on the host's device, with its progress bar and its cancel button.
 
     Out of GPU memory, the work is done again on the CPU.
 
     Args:
         work: Computes something; calls `progress` often.
         steps: How many steps there will be, about.
+        cache: Take subspaces and scores from the user's cache, and keep new ones there.
     """
     bar = comfy.utils.ProgressBar(steps)
 
@@ -214,14 +218,15 @@ def compute(work: Callable[[str, Progress], Result], steps: int) -> Result:
         bar.update_absolute(done, total)
 
     device = management.get_torch_device()
+    on_cpu = Engine(cache=open_cache() if cache else None)
     if device.type == "cpu":
-        return work("cpu", progress)
+        return work(on_cpu, progress)
     try:
         management.free_memory(WORKSPACE_BYTES, device)
-        return work(str(device), progress)
+        return work(replace(on_cpu, device=str(device)), progress)
     except management.OOM_EXCEPTION:
         management.soft_empty_cache()
-        return work("cpu", progress)
+        return work(on_cpu, progress)
     finally:
         management.soft_empty_cache()
 

@@ -12,7 +12,7 @@ from ..lorax.transfer import known_scores
 from ..lorax.view import similarity_view
 from . import host
 from .host import io
-from .types import CATEGORY, SimilarityPort
+from .types import CATEGORY, SimilarityPort, cache_input
 
 LAYERS = ("attention", "all")
 
@@ -44,6 +44,7 @@ class LoraXSimilarity(io.ComfyNode):
                     default=LAYERS[0],
                     tooltip="attention: the projections where most adapters live. all: feed-forward and convolutions too.",
                 ),
+                cache_input(),
             ],
             outputs=[
                 SimilarityPort.Output(display_name="similarity", tooltip="For LoRA-X Transfer of the same two models."),
@@ -57,12 +58,13 @@ class LoraXSimilarity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, source, target, rank, layers):
+    def execute(cls, source, target, rank, layers, cache=True):
         """Compare them."""
         base_s, base_t = host.open_model(source), host.open_model(target)
         result, pairs = host.compute(
-            lambda device, progress: _compare(base_s, base_t, rank, layers, device, progress),
+            lambda engine, progress: _compare(base_s, base_t, rank, layers, engine, progress),
             len(base_s.layers) + len(base_t.layers),
+            cache=cache,
         )
         text = describe(result)
         host.show(text, cls.hidden.unique_id)
@@ -70,12 +72,12 @@ class LoraXSimilarity(io.ComfyNode):
         return io.NodeOutput(result, picture(result), text, ui={"text": [text], "lorax_similarity": [view]})
 
 
-def _compare(base_s, base_t, rank, layers, device, progress):
+def _compare(base_s, base_t, rank, layers, engine, progress):
     """Return the similarity of two bases, and which layer feeds which by it."""
     found = compare_bases(
-        base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], device=device, progress=progress
+        base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], engine=engine, progress=progress
     )
-    return found, match_bases(base_s, base_t, known=known_scores(found), device=device, progress=progress)
+    return found, match_bases(base_s, base_t, known=known_scores(found), engine=engine, progress=progress)
 
 
 def picture(similarity: Similarity) -> torch.Tensor:

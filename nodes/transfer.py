@@ -11,7 +11,7 @@ from ..lorax.transfer import transfer_adapter
 from . import host
 from .files import expanded
 from .host import io, ui
-from .types import CATEGORY, AdapterPort, SimilarityPort, rank_input
+from .types import CATEGORY, AdapterPort, SimilarityPort, cache_input, rank_input
 
 # Adapter -> (model, its patches, the adapter expanded on it): changing the strength never decomposes again.
 _expanded: "WeakKeyDictionary[Adapter, tuple[ref, object, Adapter]]" = WeakKeyDictionary()
@@ -65,6 +65,7 @@ class LoraXTransfer(io.ComfyNode):
                     optional=True,
                     tooltip="How a DoRA moves. direction: its magnitudes follow in proportion. dense: as a LoRA.",
                 ),
+                cache_input(),
                 SimilarityPort.Input(
                     "similarity",
                     optional=True,
@@ -99,6 +100,7 @@ class LoraXTransfer(io.ComfyNode):
         threshold,
         matching="auto",
         dora="direction",
+        cache=True,
         similarity=None,
         source_clip=None,
         target_clip=None,
@@ -107,7 +109,7 @@ class LoraXTransfer(io.ComfyNode):
         base_s, base_t = host.open_model(source, source_clip), host.open_model(target, target_clip)
         most = highest_rank([*base_s.layers.values(), *base_t.layers.values()])
         moved, report = host.compute(
-            lambda device, progress: transfer_adapter(
+            lambda engine, progress: transfer_adapter(
                 adapter,
                 base_s,
                 base_t,
@@ -117,10 +119,11 @@ class LoraXTransfer(io.ComfyNode):
                 matching=matching,
                 dora=dora,
                 similarity=similarity,
-                device=device,
+                engine=engine,
                 progress=progress,
             ),
             len(adapter.layers),
+            cache=cache,
         )
         text = "\n".join(
             [report.summary, *report.assignment.summary, *(f"warning: {warning}" for warning in report.warnings)]
@@ -203,8 +206,8 @@ class LoraXConvert(io.ComfyNode):
         base = host.open_model(source, source_clip)
         most = highest_rank(base.layers.values())
         converted, shares = host.compute(
-            lambda device, progress: convert_to_lora_x(
-                adapter, base, rank=min(rank, most), device=device, progress=progress
+            lambda engine, progress: convert_to_lora_x(
+                adapter, base, rank=min(rank, most), engine=engine, progress=progress
             ),
             len(adapter.layers),
         )

@@ -8,6 +8,17 @@ AdapterPort = io.Custom("LORAX_ADAPTER")
 SimilarityPort = io.Custom("LORAX_SIMILARITY")
 
 
+def cache_input() -> object:
+    """Return the widget that says whether results are kept on disk."""
+    return io.Boolean.Input(
+        "cache",
+        default=True,
+        optional=True,
+        tooltip="Keep subspaces and similarities of these models on disk (lorax cache info), so that the next time takes "
+        "seconds.",
+    )
+
+
 def rank_input(tooltip: str) -> object:
     """Return the rank widget that several nodes share."""
     return io.Int.Input("rank", default=320, min=1, max=16384, tooltip=tooltip)

@@ -29,6 +29,9 @@ SMALL = UNetConfig(
     transformer_depth_middle=1,
     context_dim=768,
 )
+# The user's own cache is none of the tests' business.
+os.environ["LORAX_CACHE"] = "off"
+
 SHARED = Path(os.environ.get("LORAX_SHARED", Path(__file__).parents[2] / "shared"))
 
 

@@ -292,7 +292,7 @@ def test_interrupt_half_way_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["--help"], ["inspect", "BASE"]])
+@pytest.mark.parametrize("words", [["--help"], ["inspect", "BASE"], ["cache", "info"], ["cache", "clear"]])
 def test_what_needs_no_weights_imports_no_torch(words, bases):
     """The help of a command, and the header of a checkpoint of any size, come at once."""
     words = [str(bases[0].files[0]) if word == "BASE" else word for word in words]
@@ -308,6 +308,29 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_the_cache_is_used_shown_checked_and_cleared(run, words, bases, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LORAX_CACHE", str(folder))
+    run(*words, "--method", "project", "--no-cache")
+    assert not folder.exists()
+    plain = (tmp_path / "out.safetensors").read_bytes()
+    for _ in range(2):
+        run(*words, "--method", "project")
+        assert (tmp_path / "out.safetensors").read_bytes() == plain
+    run("similarity", bases[0].files[0], bases[1].files[0])
+    out, _ = run("cache", "info")
+    assert str(folder) in out
+    assert [line.split()[0] for line in out.splitlines()[3:]] == ["subspaces", "scores", "digests"]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    files[0].write_bytes(b"")
+    out, _ = run("cache", "verify")
+    assert out.startswith(f"{len(files) - 1} entries are sound, 1 were damaged")
+    run("cache", "clear")
+    assert not [path for path in folder.rglob("*") if path.is_file()]
+    monkeypatch.setenv("LORAX_CACHE_GB", "much")
+    assert "LORAX_CACHE_GB=much" in error_of(run, "cache", "info")
 
 
 def test_inspect_tells_every_kind_of_file(run, bases, lora_file, tmp_path):

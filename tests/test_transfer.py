@@ -14,6 +14,7 @@ import lorax
 from demo.synthetic import base_tensors
 from lorax import (
     Adapter,
+    Engine,
     LoraLayer,
     LoraXLayer,
     MismatchError,
@@ -110,7 +111,9 @@ def test_fast_projection_is_right_to_its_bound(lora, tmp_path):
     adapter = Adapter("a", pair[0].family, "kohya", {name: own})
     for method in ("project", "subspace-null"):
         exact, fast = (
-            transfer_adapter(adapter, *pair, method=method, rank=100, fast=fast)[0].layers[name].delta_weight()
+            transfer_adapter(adapter, *pair, method=method, rank=100, engine=Engine(fast=fast))[0]
+            .layers[name]
+            .delta_weight()
             for fast in (False, True)
         )
         assert 0 < float((exact - fast).norm() / exact.norm()) < 1e-4

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ..base import Base
+from ..engine import CPU, Engine
 from ..errors import MismatchError
 from ..families import Family
 from ..layers import reads_text
-from ..linalg import decompose, refactor
+from ..linalg import refactor
 from .diff import VectorLayer
 from .layer import AdapterLayer
 from .lora import LoraLayer as LoraLayer
@@ -100,30 +101,30 @@ def _placed(own: AdapterLayer, spelling: str, base: Base) -> list[AdapterLayer]:
 
 
 def expand(
-    layer: AdapterLayer, source: Base | None, device: str = "cpu", rank: int | None = None
+    layer: AdapterLayer, source: Base | None, engine: Engine = CPU, rank: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the update of any adapter layer as factors `B [m, k]`, `A [k, n]`, float32 on `device`.
+    """Return the update of any adapter layer as factors `B [m, k]`, `A [k, n]`, float32 on the device.
 
     Args:
         layer: The adapter layer.
         source: The base that it was made for; needed where the update depends on the weight, as of a LoRA-X or DoRA.
-        device: Where to compute.
+        engine: How and where to compute.
         rank: Of the factors of an update that is not thin, its leading singular triplets; None keeps all of it.
 
     Raises:
         MismatchError: A layer that needs its own source base without it.
     """
     if layer.is_thin:
-        return layer.factors(device)
+        return layer.factors(engine.device)
     name = layer.layer.name
+    if isinstance(layer, LoraXLayer) and source is not None and name in source.layers:
+        layer.check_source(source)
+        return layer.expanded(engine.triplets(source, name, layer.rank))
     weight = None
     if layer.needs_weight:
-        weight = source.fused_weight(layer.layer, device) if source is not None else None
+        weight = source.fused_weight(layer.layer, engine.device) if source is not None else None
         if source is None or weight is None:
             got = f"{name} ({layer.kind}) without it"
             raise MismatchError("a layer of this kind needs its source base", got, "give the source base")
-        if isinstance(layer, LoraXLayer):
-            layer.check_source(source)
-            return layer.expanded(decompose(weight, layer.rank))
-    update = layer.delta_weight(weight).to(device)
+    update = layer.delta_weight(weight).to(engine.device)
     return refactor(update, rank or min(update.shape))

@@ -257,10 +257,10 @@ def test_out_of_gpu_memory_goes_on_with_the_cpu(pack, monkeypatch):
     monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(management, "free_memory", lambda size, device: None)  # asks the driver
 
-    def work(device, progress):
-        devices.append(device)
+    def work(engine, progress):
+        devices.append(engine.device)
         progress(1, 2, "a layer")
-        if device != "cpu":
+        if engine.device != "cpu":
             raise management.OOM_EXCEPTION("no room")
         return "done"
 
@@ -268,8 +268,14 @@ def test_out_of_gpu_memory_goes_on_with_the_cpu(pack, monkeypatch):
     assert devices == ["cuda:0", "cpu"]
 
 
+def test_the_nodes_use_the_cache_of_the_user_unless_told_not_to(pack, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
+    assert pack.host.compute(lambda engine, progress: engine.cache.folder, 1) == tmp_path
+    assert pack.host.compute(lambda engine, progress: engine.cache, 1, cache=False) is None
+
+
 def test_cancel_stops_the_work(pack):
     management = pack.host.management
     management.interrupt_current_processing()
     with pytest.raises(management.InterruptProcessingException):
-        pack.host.compute(lambda device, progress: progress(1, 2, "a layer"), 2)
+        pack.host.compute(lambda engine, progress: progress(1, 2, "a layer"), 2)

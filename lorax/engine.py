@@ -1,0 +1,128 @@
+"""Where subspaces come from: one place that computes them, or finds them in the cache."""
+
+import json
+import os
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import Base
+from .cache import Cache
+from .linalg import Subspace, decompose, leading_subspace
+from .version import __version__
+
+# Part of every key of the cache: a new number where the same weight would give other subspaces or scores.
+ENGINE = 1
+# More readers than this gain nothing: the weights come from one disk.
+READERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """How and where to compute.
+
+    Attributes:
+        device: Such as `cpu` or `cuda`.
+        fast: Find the subspaces that are only projected on about twice as fast; see `lorax.linalg.leading_subspace`.
+        cache: Where results are kept from one time to the next; None keeps nothing.
+    """
+
+    device: str = "cpu"
+    fast: bool = False
+    cache: Cache | None = None
+
+    def weight(self, base: Base, name: str) -> Tensor:
+        """Return `Base.weight` on the device."""
+        return base.weight(name, self.device)
+
+    def triplets(self, base: Base, name: str, rank: int) -> Subspace:
+        """Return `lorax.linalg.decompose` of a layer of a base: the singular vectors themselves, exactly."""
+        return self._subspace(base, name, rank, "exact")
+
+    def subspace(self, base: Base, name: str, rank: int) -> Subspace:
+        """Return the leading subspaces of a layer of a base, for what needs only the projectors on them."""
+        return self._subspace(base, name, rank, "fast" if self.fast else "exact")
+
+    def digests(self, base: Base, names: Sequence[str]) -> list[str]:
+        """Return `Base.digest` of some layers, several at a time."""
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+            return list(pool.map(base.digest, names))
+
+    def weights(self, base: Base, names: Sequence[str]) -> Iterator[Tensor]:
+        """Yield the weights of some layers; while one is worked on, the next is read."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self.weight, base, name) for name in names[:1]]
+            for name in names[1:]:
+                weight = ahead.pop().result()
+                ahead.append(reader.submit(self.weight, base, name))
+                yield weight
+            for last in ahead:
+                yield last.result()
+
+    @contextmanager
+    def remembering(self, *bases: Base) -> Generator[None]:
+        """Keep digests of layers with the time and size of the files, so that unchanged files are not read again."""
+        if self.cache is None:
+            yield
+            return
+        kept: list[tuple[Base, list[object], int]] = []
+        for base in bases:
+            if state := _state(base):
+                found = self.cache.read("digests", __version__, *state)
+                known: dict[str, str] = {} if found is None else json.loads(bytes(found))
+                base.digests.update(known)
+                kept.append((base, state, len(known)))
+        try:
+            yield
+        finally:
+            for base, state, count in kept:
+                # A file that was written to meanwhile is not the one that the key names.
+                if len(base.digests) > count and _state(base) == state:
+                    self.cache.write(json.dumps(base.digests).encode(), "digests", __version__, *state)
+
+    def _subspace(self, base: Base, name: str, rank: int, accuracy: str) -> Subspace:
+        if self.cache is None:
+            return _COMPUTE[accuracy](self.weight(base, name), rank)
+        key = (ENGINE, base.digest(name), rank)
+        for good in dict.fromkeys(("exact", accuracy)):
+            if (found := self.cache.read("subspaces", *key, good)) is not None:
+                return _unpacked(found, self.device)
+        space = _COMPUTE[accuracy](self.weight(base, name), rank)
+        self.cache.write(_packed(space), "subspaces", *key, accuracy)
+        return space
+
+
+CPU = Engine()
+"""Exact, on the CPU, nothing kept: the default."""
+
+_COMPUTE = {"exact": decompose, "fast": leading_subspace}
+
+
+def _packed(space: Subspace) -> bytes:
+    """Return `m, r, n` as int32, then `U`, `S` and `Vh` in float32: in half precision an update would lose 3e-4."""
+    sizes = torch.tensor([space.U.shape[0], space.rank, space.Vh.shape[1]], dtype=torch.int32)
+    return b"".join(part.detach().cpu().numpy().tobytes() for part in (sizes, space.U, space.S, space.Vh))
+
+
+def _unpacked(content: memoryview, device: str) -> Subspace:
+    m, r, n = np.frombuffer(content, np.int32, 3).tolist()
+    numbers = torch.from_numpy(np.frombuffer(content, np.float32, offset=12)).to(device)
+    U, S, Vh = numbers.split([m * r, r, r * n])
+    return Subspace(U.view(m, r), S, Vh.view(r, n))
+
+
+def _state(base: Base) -> list[object]:
+    """Return what tells one state of a base's files from another; nothing where it has none."""
+    found: list[object] = []
+    for path in base.files:
+        try:
+            state = path.stat()
+        except OSError:  # reading it will say what is wrong
+            return []
+        found += [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+    return found

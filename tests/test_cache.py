@@ -1,0 +1,294 @@
+"""The cache: what comes from it is what would be computed, whatever happens to its files."""
+
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lorax import Cache, Engine, FileError, OptionError, load_adapter, open_base, open_cache, transfer_adapter
+from lorax.adapters import expand
+from lorax.cache import KINDS, STALE_SECONDS
+from lorax.convert import convert_to_lora_x
+from lorax.linalg import decompose
+from lorax.similarity import compare_bases
+from tests.conftest import small_base
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "cache", 2**30)
+
+
+def numbers(adapter):
+    return {name: own.tensors() for name, own in adapter.layers.items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(
+        parts.keys() == second[name].keys() and all(torch.equal(part, second[name][key]) for key, part in parts.items())
+        for name, parts in first.items()
+    )
+
+
+def unreadable(base):
+    """The same base, from whose files no weight comes."""
+
+    def read(layer):
+        raise AssertionError(f"{layer.name} was read")
+
+    return replace(base, read=read, digests={})
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("form", ["lora", "lora-x"])
+@pytest.mark.parametrize("method", ["copy", "project", "index", "align", "subspace-null"])
+def test_from_the_cache_comes_what_is_computed_and_no_weight_is_read(bases, lora_file, cache, method, form, fast):
+    def moved(engine, *bases):
+        return transfer_adapter(adapter, *bases, method=method, rank=20, output_format=form, engine=engine)
+
+    adapter = load_adapter(lora_file, bases[0])
+    plain, report = moved(Engine(fast=fast), *bases)
+    for pair in (bases, [unreadable(base) for base in bases]):
+        result, again = moved(Engine(fast=fast, cache=cache), *pair)
+        assert equal(numbers(plain), numbers(result))
+        assert report.to_json() == again.to_json()
+
+
+@pytest.mark.parametrize("rank", [None, 20])
+def test_scores_from_the_cache(bases, cache, rank):
+    found = [
+        compare_bases(*pair, rank=rank, attention_only=False, engine=Engine(cache=kept)).kinds
+        for pair, kept in ((bases, None), (bases, cache), ([unreadable(base) for base in bases], cache))
+    ]
+    for kinds in found[1:]:
+        for one, other in zip(found[0], kinds, strict=True):
+            for side in ("left", "right"):  # NaN is equal to NaN here
+                assert repr(getattr(one, side)) == repr(getattr(other, side))
+
+
+def test_a_lora_x_is_expanded_from_the_cache(bases, lora_file, cache):
+    adapter, _ = convert_to_lora_x(load_adapter(lora_file, bases[0]), bases[0], rank=20)
+    name, own = next(iter(adapter.layers.items()))
+    plain = expand(own, bases[0])
+    expand(own, bases[0], Engine(cache=cache))
+    base = replace(unreadable(bases[0]), digests={name: bases[0].digest(name)})
+    assert all(map(torch.equal, plain, expand(own, base, Engine(cache=cache))))
+
+
+def test_fast_takes_what_is_exact_and_exact_not_what_is_fast(tmp_path, cache):
+    base = small_base(tmp_path / "base.safetensors")
+    name = next(layer.name for layer in base.layers.values() if min(layer.matrix_shape) > 120)
+    weight = base.weight(name)
+    vector = torch.ones(weight.shape[0])
+    exact, fast = Engine(cache=cache), Engine(cache=cache, fast=True)
+    quick = fast.subspace(base, name, 40)
+    assert not torch.equal(
+        quick.U @ (quick.U.T @ vector), decompose(weight, 40).U @ (decompose(weight, 40).U.T @ vector)
+    )
+    assert torch.equal(exact.subspace(base, name, 40).U, decompose(weight, 40).U)
+    assert torch.equal(fast.subspace(base, name, 40).U, decompose(weight, 40).U)
+    assert torch.equal(fast.triplets(base, name, 50).U, decompose(weight, 50).U)
+
+
+def test_a_file_with_other_weights_under_the_same_name(tmp_path, lora_file, cache):
+    target = small_base(tmp_path / "target.safetensors", change=0.2)
+    source = small_base(tmp_path / "source.safetensors")
+    adapter = load_adapter(lora_file, source)
+    before, _ = transfer_adapter(adapter, source, target, method="project", rank=20, engine=Engine(cache=cache))
+    target = small_base(tmp_path / "target.safetensors", change=0.3)
+    after, _ = transfer_adapter(adapter, source, target, method="project", rank=20, engine=Engine(cache=cache))
+    plain, _ = transfer_adapter(adapter, source, target, method="project", rank=20)
+    assert equal(numbers(after), numbers(plain))
+    assert not equal(numbers(after), numbers(before))
+
+
+def test_a_copy_of_a_base_needs_no_new_subspaces(tmp_path, bases, lora_file, cache):
+    adapter = load_adapter(lora_file, bases[0])
+    transfer_adapter(adapter, *bases, method="project", rank=20, engine=Engine(cache=cache))
+    entries = cache.info()["subspaces"]
+    copy = tmp_path / "renamed.safetensors"
+    copy.write_bytes(bases[1].files[0].read_bytes())
+    transfer_adapter(adapter, bases[0], open_base(copy), method="project", rank=20, engine=Engine(cache=cache))
+    assert cache.info()["subspaces"] == entries
+
+
+@settings(deadline=None)
+@given(content=st.binary(max_size=200), place=st.integers(0), bit=st.integers(0, 7), cut=st.booleans())
+def test_damage_is_found(tmp_path_factory, content, place, bit, cut):
+    cache = Cache(tmp_path_factory.mktemp("cache"), 2**20)
+    cache.write(content, "scores", "key")
+    (path,) = (cache.folder / "scores").iterdir()
+    assert cache.read("scores", "key") == content
+    stored = bytearray(path.read_bytes())
+    if cut:
+        stored = stored[: place % len(stored)]
+    else:
+        stored[place % len(stored)] ^= 1 << bit
+    path.write_bytes(stored)
+    if cut and place % (len(content) + 4) == 0:
+        assert cache.verify() == (0, [path])
+    else:
+        assert cache.read("scores", "key") is None
+    assert not path.exists()
+
+
+def test_damaged_entries_are_computed_again_and_said_once(bases, lora_file, cache, caplog):
+    adapter = load_adapter(lora_file, bases[0])
+    plain, _ = transfer_adapter(adapter, *bases, method="project", rank=20, engine=Engine(cache=cache))
+    for path in cache.folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with caplog.at_level(logging.WARNING):
+        again, _ = transfer_adapter(adapter, *bases, method="project", rank=20, engine=Engine(cache=cache))
+    assert equal(numbers(plain), numbers(again))
+    assert sum("damaged" in record.message for record in caplog.records) == 1
+    assert cache.verify()[1] == []
+
+
+def test_the_oldest_go_when_it_is_full_and_what_was_read_is_young(tmp_path):
+    cache = Cache(tmp_path / "cache", 10_000)
+    for i in range(9):
+        cache.write(bytes(1000), "scores", i)
+        os.utime(cache._path("scores", (i,)), (i, i))
+    assert cache.read("scores", 0) is not None
+    for i in range(9, 13):
+        cache.write(bytes(1000), "scores", i)
+    assert sum(kind["bytes"] for kind in cache.info().values()) <= 10_000
+    assert cache.read("scores", 0) is not None
+    assert cache.read("scores", 1) is None
+    assert cache.read("scores", 12) is not None
+    cache.write(bytes(10_000), "scores", "larger than all")
+    assert cache.read("scores", "larger than all") is None
+
+
+def test_clear_removes_only_what_is_ours(cache):
+    cache.write(b"content", "scores", 1)
+    other = cache.folder / "scores" / "thesis.txt"
+    other.write_text("not ours")
+    assert cache.clear() == 1
+    assert [path.name for path in cache.folder.rglob("*") if path.is_file()] == [other.name]
+
+
+def test_what_a_killed_process_left_is_swept(cache):
+    left = cache.folder / "scores" / f".{'0' * 64}.abcd.part"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    cache.write(b"content", "scores", 1)
+    assert left.exists()  # it may be in use
+    long_ago = time.time() - STALE_SECONDS - 1
+    os.utime(left, (long_ago, long_ago))
+    Cache(cache.folder, cache.limit).write(b"content", "scores", 2)
+    assert not left.exists()
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from lorax import Cache
+cache = Cache(Path(sys.argv[1]), 2**30)
+print("ready", flush=True)
+for i in range(10**6):
+    cache.write(bytes([i % 251]) * 300_000, "subspaces", i)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.03, 0.1])
+def test_killed_while_writing(cache, seconds):
+    writer = subprocess.Popen([sys.executable, "-c", WRITE, cache.folder], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    time.sleep(seconds)
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert cache.verify()[1] == []
+    for i in range(cache.info().get("subspaces", {"entries": 0})["entries"]):
+        assert cache.read("subspaces", i) == bytes([i % 251]) * 300_000
+
+
+def command(bases, adapter, output, cache):
+    words = [sys.executable, "-m", "lorax", "transfer", adapter, "--source", bases[0].files[0], "--target"]
+    words += [bases[1].files[0], "-o", output, "--method", "project", "--rank", "20"]
+    return words, os.environ | {"LORAX_CACHE": str(cache), "COLUMNS": "200"}
+
+
+def test_several_processes_use_one_cache(bases, lora_file, tmp_path):
+    outputs = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    started = [
+        subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for words, env in (command(bases, lora_file, output, tmp_path / "cache") for output in outputs)
+    ]
+    assert not any(b"cache" in process.communicate()[1] for process in started)
+    assert len({output.read_bytes() for output in outputs}) == 1
+    assert Cache(tmp_path / "cache", 2**30).verify()[1] == []
+
+
+def test_full_disk_costs_the_cache_only(bases, lora_file, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    small = tmp_path / "small.safetensors"
+    tensors = load_file(lora_file)
+    first = next(key for key in tensors if key.endswith("attn2_to_k.lora_up.weight")).removesuffix("lora_up.weight")
+    save_file({key: tensor for key, tensor in tensors.items() if key.startswith(first)}, small)
+    words, env = command(bases, small, tmp_path / "out.safetensors", tmp_path / "cache")
+    words[words.index("20")] = "32"
+    done = subprocess.run(words, env=env, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.count("results are not kept") == 1
+    assert not [path for path in (tmp_path / "cache").rglob("*.part")]
+    assert not Cache(tmp_path / "cache", 2**30).info().get("subspaces")
+
+
+def test_a_folder_that_cannot_be_is_said_once(bases, lora_file, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    cache = Cache(tmp_path / "file" / "cache", 2**30)
+    adapter = load_adapter(lora_file, bases[0])
+    with caplog.at_level(logging.WARNING):
+        result, _ = transfer_adapter(adapter, *bases, method="project", rank=20, engine=Engine(cache=cache))
+    assert len(caplog.records) == 1
+    plain, _ = transfer_adapter(adapter, *bases, method="project", rank=20)
+    assert equal(numbers(result), numbers(plain))
+
+
+def test_a_base_whose_file_is_gone(tmp_path, lora_file, bases, cache):
+    base = small_base(tmp_path / "gone.safetensors")
+    base.files[0].unlink()
+    with pytest.raises(FileError, match=r"gone\.safetensors"):
+        transfer_adapter(load_adapter(lora_file, bases[0]), base, bases[1], engine=Engine(cache=cache))
+
+
+def test_the_environment_says_where_and_how_large(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAX_CACHE", "off")
+    assert open_cache() is None
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("LORAX_CACHE_GB", "0.5")
+    cache = open_cache()
+    assert cache is not None
+    assert (cache.folder, cache.limit) == (tmp_path, 2**29)
+    for wrong in ("much", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("LORAX_CACHE_GB", wrong)
+        with pytest.raises(OptionError, match="LORAX_CACHE_GB"):
+            open_cache()
+
+
+def test_the_next_weight_is_read_ahead_in_order(bases):
+    names = list(bases[0].layers)
+    for name, weight in zip(names, Engine().weights(bases[0], names), strict=True):
+        assert torch.equal(weight, bases[0].weight(name))
+    assert list(Engine().weights(bases[0], [])) == []
+
+
+def test_kinds_are_all_there_is(bases, lora_file, cache):
+    transfer_adapter(load_adapter(lora_file, bases[0]), *bases, method="project", rank=20, engine=Engine(cache=cache))
+    assert sorted(path.name for path in Path(cache.folder).iterdir()) == sorted(KINDS)
