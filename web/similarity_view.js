@@ -1,7 +1,7 @@
 /** The similarity of two bases: a map of blocks, a threshold, and the layers with their values. */
 
 import { bars } from "./bars.js";
-import { make } from "./elements.js";
+import { keepKeys, make } from "./elements.js";
 import { heatMap, legend } from "./heatmap.js";
 import { shortBlock } from "./names.js";
 import {
@@ -46,7 +46,7 @@ export function similarityView({ onState, onThreshold, note }) {
       change({ [name === "kind" ? "group" : "stage"]: box.value, pinned: "" });
       filter();
     });
-    box.addEventListener("keydown", (event) => event.stopPropagation());
+    keepKeys(box);
     return { box, label: make("label", {}, say(name), box) };
   }
 

@@ -1,6 +1,6 @@
 /** A threshold that can be dragged, under a histogram of what it parts. */
 
-import { draw, make } from "./elements.js";
+import { draw, keepKeys, make } from "./elements.js";
 import { say } from "./texts.js";
 
 export const [LOW, HIGH, STEPS] = [-0.25, 0.99, 62];
@@ -23,7 +23,7 @@ export function thresholdSlider({ onDrag }) {
     note,
   );
   input.addEventListener("input", () => onDrag(Number(input.value)));
-  input.addEventListener("keydown", (event) => event.stopPropagation());
+  keepKeys(input);
   return {
     element,
     /** Show a value, how many pairs are above it, and what dragging does. */
