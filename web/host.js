@@ -16,7 +16,7 @@ const TEXT = "$$node-text-preview"; // the front end's widget for the text that 
 const WAITING = 44; // height of a view that has nothing to show yet
 
 const NODES = {
-  [SIMILARITY]: { key: "lorax_similarity", height: 720, pack: (data) => data, attach: attachSimilarity },
+  [SIMILARITY]: { key: "lorax_similarity", height: 740, pack: (data) => data, attach: attachSimilarity },
   [TRANSFER]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
   [TRAIN]: { key: "lorax_loss", height: 190, pack: (data) => data, attach: attachLoss },
 };

@@ -132,7 +132,7 @@ export function similarityView({ onState, onThreshold, note }) {
     const row = what?.row ?? (pinned && rows.find(({ key }) => key === state.pinned));
     const [source, target] = state.pinned.split(" ");
     const cell = what?.cell ?? (pinned && map && target && cellOf({ source: { block: source }, target: { block: target } }));
-    const lines = row ? ofLayer(row.pair) : cell ? ofCell(cell) : [say("map_hint"), "", ""];
+    const lines = row ? ofLayer(row.pair) : cell ? ofCell(cell) : [say("map_hint")];
     if (pinned && (row || cell)) lines[2] += ` · ${say("pinned")}`;
     details.replaceChildren(...lines.map((line) => make("div", { title: line }, line)));
   }
@@ -143,8 +143,9 @@ export function similarityView({ onState, onThreshold, note }) {
     const values = { left, right, corrected, ...(share === undefined ? {} : { kept: share }) };
     const words = Object.entries(values).map(([key, value]) => `${say(key)} ${Number.isNaN(value) ? "–" : value.toFixed(3)}`);
     return [
-      source ? `${source.name} · ${size(source)}` : say("no_source"),
-      `→ ${target.name} · ${size(target)}`,
+      source ? source.name : say("no_source"),
+      `→ ${target.name}`,
+      [source, target].filter(Boolean).map(size).join(" → "),
       source ? words.join(" · ") : "",
     ];
   }
@@ -154,14 +155,15 @@ export function similarityView({ onState, onThreshold, note }) {
     const [value, count] = [map.values[place], map.counts[place]];
     const pair = cellCounts.get(place);
     const words = value <= LEAST ? "lowest_of" : "mean_of";
-    const sizes = (table, block) => [...new Set(table.filter((layer) => layer.block === block).map(({ shape }) => shape.join(" × ")))];
-    const named = (table, block) => {
-      const found = sizes(table, block);
-      return `${block} · ${found.slice(0, 2).join(", ")}${found.length > 2 ? ", …" : ""}`;
+    const sizes = (side, block) => {
+      const layers = model[side].filter((layer) => layer.block === block);
+      const found = [...new Set(layers.map(({ shape }) => shape.join(" × ")))];
+      return `${found.slice(0, 2).join(", ")}${found.length > 2 ? ", …" : ""}`;
     };
     return [
-      named(model.sources, map.rows[row]),
-      `→ ${named(model.targets, map.columns[column])}`,
+      map.rows[row],
+      `→ ${map.columns[column]}`,
+      `${sizes("sources", map.rows[row])} → ${sizes("targets", map.columns[column])}`,
       `${count ? say(words, { value: value.toFixed(2), count }) : say("other_size")} · ${pair ? say("paired", pair) : say("not_paired")}`,
     ];
   }
