@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-# Beside the package in a checkout, inside of it where it is installed.
-WEB = next(path for path in (Path(__file__).parent / "web", Path(__file__).parents[1] / "web") if path.is_dir())
+# Inside of the package where it is installed, beside it in a checkout.
+PLACES = (Path(__file__).parent / "web", Path(__file__).parents[1] / "web")
 # Each after what it imports.
 SCRIPTS = (
     "elements",
@@ -53,11 +53,12 @@ def page(data: dict[str, Any]) -> str:
     Args:
         data: Plain data without NaN. No text of it can end the script that it stands in.
     """
-    scripts = [(WEB / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    web = next(path for path in PLACES if path.is_dir())
+    scripts = [(web / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
     # The files are modules; one after the other they are one, without what ties them.
     tied = re.compile(r"^import\s[^;]*;\n|^export (?=const |function |class )", re.MULTILINE)
     return PAGE.format(
-        style="".join((WEB / name).read_text(encoding="utf-8") for name in ("view.css", "page.css")),
+        style="".join((web / name).read_text(encoding="utf-8") for name in ("view.css", "page.css")),
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         script="\n".join(tied.sub("", script) for script in scripts),
     )

@@ -2,6 +2,7 @@
 
 import base64
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 from .base import Base
 from .layers import Layer
 from .matching import Assignment
-from .similarity import KindSimilarity, Score, Similarity
+from .report import lower
+from .similarity import KindSimilarity, Similarity
 
 SCHEMA_VERSION = 1
 # A pair is one byte: 0 is no value, b is LOWEST + STEP * (b - 1), so 255 is 1. What is lower counts as LOWEST.
@@ -31,13 +33,10 @@ def similarity_view(similarity: Similarity, source: Base, target: Base, assignme
         assignment: Which source layer feeds which target layer.
     """
     shapes: dict[tuple[int, ...], int] = {}
-    tables = [
-        _Table(base, [layer for kind in similarity.kinds for layer in kind_layers(kind)], shapes)
-        for base, kind_layers in ((source, lambda kind: kind.sources), (target, lambda kind: kind.targets))
-    ]
-    sources, targets = tables
+    sources = _Table(source, [layer for kind in similarity.kinds for layer in kind.sources], shapes)
+    targets = _Table(target, [layer for kind in similarity.kinds for layer in kind.targets], shapes)
     fits = sum(len(kind.sources) * len(kind.targets) for kind in similarity.kinds) <= MOST_CELLS
-    pairs = [pair for kind in similarity.kinds for pair in _pairs(kind, assignment, sources, targets)]
+    pairs = {pair[0]: pair for kind in similarity.kinds for pair in _pairs(kind, assignment, sources, targets)}
     return {
         "schema": "lorax-similarity-view",
         "schema_version": SCHEMA_VERSION,
@@ -57,7 +56,7 @@ def similarity_view(similarity: Similarity, source: Base, target: Base, assignme
             }
             for kind in similarity.kinds
         ],
-        "pairs": sorted(pairs, key=lambda pair: pair[0]),
+        "pairs": [list(pairs[place]) for place in sorted(pairs)],
     }
 
 
@@ -73,37 +72,41 @@ class _Table:
         for layer in sorted(layers, key=lambda layer: order[layer.name]):
             block = layer.block or layer.component
             role = layer.name.removeprefix(block + ".")
-            numbers = (self.blocks, block), (self.roles, role), (shapes, layer.shape)
             self.place[layer.name] = len(self.layers)
-            self.layers.append([known.setdefault(key, len(known)) for known, key in numbers])
+            self.layers.append(
+                [
+                    self.blocks.setdefault(block, len(self.blocks)),
+                    self.roles.setdefault(role, len(self.roles)),
+                    shapes.setdefault(layer.shape, len(shapes)),
+                ]
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {"blocks": list(self.blocks), "roles": list(self.roles), "layers": self.layers}
 
 
-def _pairs(kind: KindSimilarity, assignment: Assignment, sources: _Table, targets: _Table) -> list[list[float | None]]:
-    """Return for each target layer its number, the number of the layer that feeds it, left, right and corrected."""
+# Number of a target layer, of the layer that feeds it, left, right and corrected similarity.
+Pair = tuple[int, int | None, float | None, float | None, float | None]
+
+
+def _pairs(kind: KindSimilarity, assignment: Assignment, sources: _Table, targets: _Table) -> Iterator[Pair]:
     rows = {layer.name: i for i, layer in enumerate(kind.sources)}
-    found: list[list[float | None]] = []
     for j, layer in enumerate(kind.targets):
         i = rows.get(assignment.source_of(layer.name))
         if i is None:
-            found.append([targets.place[layer.name], None, None, None, None])
+            yield targets.place[layer.name], None, None, None, None
             continue
         left, right = kind.left[i][j], kind.right[i][j]
-        values = left.phi, right.phi, _lower(left, right)
-        numbers = [round(value, 4) if math.isfinite(value) else None for value in values]
-        found.append([targets.place[layer.name], sources.place[kind.sources[i].name], *numbers])
-    return found
+        source, corrected = sources.place[kind.sources[i].name], lower(left, right)
+        yield targets.place[layer.name], source, _rounded(left.phi), _rounded(right.phi), _rounded(corrected)
 
 
-def _lower(left: Score, right: Score) -> float:
-    values = [side.corrected for side in (left, right) if not math.isnan(side.corrected)]
-    return min(values, default=math.nan)
+def _rounded(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _encode(kind: KindSimilarity) -> str:
-    lines = [[_lower(*sides) for sides in zip(*line, strict=True)] for line in zip(kind.left, kind.right, strict=True)]
+    lines = [[lower(*sides) for sides in zip(*line, strict=True)] for line in zip(kind.left, kind.right, strict=True)]
     values = np.array(lines, dtype=np.float64)
     codes = np.clip(np.round((np.nan_to_num(values) - LOWEST) / STEP), 0, 254) + 1
     return base64.b64encode(np.where(np.isnan(values), 0, codes).astype(np.uint8).tobytes()).decode()
