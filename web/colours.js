@@ -1,7 +1,14 @@
 /** Nine points of matplotlib's viridis: even in lightness, and readable for colour-blind people. */
 const VIRIDIS = [
-  [68, 1, 84], [72, 40, 120], [62, 74, 137], [49, 104, 142], [38, 130, 142],
-  [31, 158, 137], [53, 183, 121], [144, 215, 67], [253, 231, 37],
+  [68, 1, 84],
+  [72, 40, 120],
+  [62, 74, 137],
+  [49, 104, 142],
+  [38, 130, 142],
+  [31, 158, 137],
+  [53, 183, 121],
+  [144, 215, 67],
+  [253, 231, 37],
 ];
 /** Where there is no value: a grey that is not on the scale. */
 export const EMPTY = [150, 150, 150];

@@ -22,7 +22,14 @@ export function heatMap({ onPoint, onPin }) {
   const rectangles = { pinned: draw("path", { class: "lorax-pinned" }), at: draw("path", { class: "lorax-at" }) };
   const over = draw("svg", { preserveAspectRatio: "none" }, marks, rectangles.pinned, rectangles.at);
   const axes = { top: make("div", { class: "lorax-top" }), left: make("div", { class: "lorax-left" }) };
-  const plot = make("div", { class: "lorax-plot", tabindex: 0, role: "application" }, canvas, over, axes.top, axes.left);
+  const plot = make(
+    "div",
+    { class: "lorax-plot", tabindex: 0, role: "application" },
+    canvas,
+    over,
+    axes.top,
+    axes.left,
+  );
   plot.setAttribute("aria-label", say("map_label"));
   const element = make("div", { class: "lorax-map" }, make("div", { class: "lorax-area" }, plot));
   const shown = { map: null, cells: [], at: null, pinned: null };

@@ -1,4 +1,4 @@
-/** The only file that knows ComfyUI's front end: it puts the views into the nodes and keeps what they show in the workflow. */
+/** The only file that knows ComfyUI's front end: views into nodes, and what they show into the workflow. */
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -199,7 +199,8 @@ app.registerExtension({
     style.href = new URL("./view.css", import.meta.url).href;
     document.head.append(style);
     const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
-    speak((await api.getCustomNodesI18n())[language]?.lorax);
+    const texts = await api.getCustomNodesI18n().catch(() => ({})); // without them it is English
+    speak(texts[language]?.lorax);
   },
   nodeCreated(node) {
     if (node.comfyClass in NODES) attach(node);

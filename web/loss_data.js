@@ -27,6 +27,7 @@ export function lossLines({ points, total }, width, height) {
     const near = losses.slice(Math.max(i - reach, 0), i + reach + 1);
     return near.reduce((sum, loss) => sum + loss, 0) / near.length;
   });
-  const path = (values) => values.map((loss, i) => `${i ? "L" : "M"}${x(points[i]).toFixed(1)},${y(loss).toFixed(1)}`).join("");
+  const path = (values) =>
+    values.map((loss, i) => `${i ? "L" : "M"}${x(points[i]).toFixed(1)},${y(loss).toFixed(1)}`).join("");
   return { line: path(losses), mean: path(mean), low, high };
 }

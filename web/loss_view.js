@@ -43,7 +43,10 @@ export function lossView() {
       scale.replaceChildren(make("span", {}, digits(lines.high)), make("span", {}, digits(lines.low)));
       steps.replaceChildren(make("span", {}, "0"), make("span", {}, String(total)));
       now.textContent = say("step_loss", { step: last.step, total, loss: digits(last.loss) });
-      svg.setAttribute("aria-label", say("loss_label", { first: digits(first.loss), last: digits(last.loss), step: last.step, total }));
+      svg.setAttribute(
+        "aria-label",
+        say("loss_label", { first: digits(first.loss), last: digits(last.loss), step: last.step, total }),
+      );
       element.replaceChildren(now, make("div", { class: "lorax-curve" }, scale, svg), steps);
     },
   };

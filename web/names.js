@@ -52,5 +52,8 @@ export function axisRuns(blocks) {
 }
 
 function shorten(stage) {
-  return stage.split(/[ ._]/).map((word) => (/^\d+$/.test(word) ? word : (word[0] ?? "").toUpperCase())).join("");
+  return stage
+    .split(/[ ._]/)
+    .map((word) => (/^\d+$/.test(word) ? word : (word[0] ?? "").toUpperCase()))
+    .join("");
 }

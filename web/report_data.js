@@ -1,4 +1,4 @@
-/** What the transfer view shows, from the JSON of a transfer (`lorax/report.schema.json`), and its form in a workflow file. */
+/** What the transfer view shows, from the JSON of a transfer (`lorax/report.schema.json`); its form in a workflow. */
 
 import { shortBlock } from "./names.js";
 import { checkSchema, list, number, Problem } from "./similarity_data.js";
@@ -6,7 +6,7 @@ import { checkSchema, list, number, Problem } from "./similarity_data.js";
 const REPORT_SCHEMA = "lorax-transfer";
 /** What became of a layer, and its sign; those of ARRIVED have an update in the result. */
 export const SIGNS = {
-  "transferred": "●",
+  transferred: "●",
   "kept unchanged": "◆",
   "below threshold": "×",
   "not in source": "○",
@@ -77,7 +77,8 @@ export function outcomes(rows) {
 
 /** Return the short name of a layer, by the number of its block if it has one. */
 export function shortLayer(name) {
-  const found = /^(.*?(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+(?:\.transformer_blocks\.\d+)?|.*?\.\d+)\.(.+)$/.exec(name);
+  const found =
+    /^(.*?(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+(?:\.transformer_blocks\.\d+)?|.*?\.\d+)\.(.+)$/.exec(name);
   return found ? `${shortBlock(found[1])} ${found[2]}` : name.slice(name.indexOf(".") + 1);
 }
 
@@ -94,8 +95,12 @@ export function reportText(report) {
   ];
   const lines = report.rows.map((row) =>
     [
-      row.source, row.target, row.outcome, row.method,
-      ...[row.left, row.right, row.corrected, row.kept].map(digits), row.note,
+      row.source,
+      row.target,
+      row.outcome,
+      row.method,
+      ...[row.left, row.right, row.corrected, row.kept].map(digits),
+      row.note,
     ].join("\t"),
   );
   return [...head, ...lines].join("\n");

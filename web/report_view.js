@@ -54,7 +54,12 @@ export function reportView({ onState }) {
     title.title = title.textContent;
     figures.replaceChildren(
       figure(`${arrived} / ${count}`, say("arrived"), arrived / count),
-      figure(known ? `${Math.round(kept * 100)} %` : "–", `${say("norm_kept")}: ${say(grade)}`, known ? Math.min(kept, 1) : 0, `lorax-${grade}`),
+      figure(
+        known ? `${Math.round(kept * 100)} %` : "–",
+        `${say("norm_kept")}: ${say(grade)}`,
+        known ? Math.min(kept, 1) : 0,
+        `lorax-${grade}`,
+      ),
       figure(strength.toFixed(2), say("strength"), Math.min(strength / 4, 1)),
     );
     const [key] = report.unused[0] ?? [];

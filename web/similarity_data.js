@@ -173,7 +173,7 @@ export function pairedCells(map, pairs, threshold) {
   return [...cells.values()];
 }
 
-/** Return how many pairs have a corrected similarity in each of `count` steps from `low` to `high`; ends take the rest. */
+/** Return how many pairs have a corrected similarity in each of `count` steps from `low` to `high`, ends and beyond. */
 export function histogram(pairs, low, high, count) {
   const bins = new Array(count).fill(0);
   for (const { corrected } of pairs) {

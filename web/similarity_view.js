@@ -5,7 +5,15 @@ import { keepKeys, make } from "./elements.js";
 import { heatMap, legend } from "./heatmap.js";
 import { shortBlock } from "./names.js";
 import {
-  blockMap, choices, chosenPairs, countAbove, histogram, isAbove, pairedCells, Problem, readSimilarity,
+  blockMap,
+  choices,
+  chosenPairs,
+  countAbove,
+  histogram,
+  isAbove,
+  pairedCells,
+  Problem,
+  readSimilarity,
 } from "./similarity_data.js";
 import { say } from "./texts.js";
 import { HIGH, LOW, STEPS, thresholdSlider } from "./threshold.js";
@@ -51,7 +59,9 @@ export function similarityView({ onState, onThreshold, note }) {
   }
 
   function options(box, values, chosen, words) {
-    box.replaceChildren(...["", ...values].map((value) => make("option", { value }, value ? words(value) : say("all"))));
+    box.replaceChildren(
+      ...["", ...values].map((value) => make("option", { value }, value ? words(value) : say("all"))),
+    );
     box.value = values.includes(chosen) ? chosen : "";
     return box.value;
   }
@@ -86,9 +96,10 @@ export function similarityView({ onState, onThreshold, note }) {
     rows = pairs.map((pair) => {
       const { target, left, right, corrected } = pair;
       const through = isAbove(pair, state.threshold);
+      const title = target.name;
       const name = `${shortBlock(target.block)} ${target.name.slice(target.block.length + 1)}`;
       const values = { left, right, corrected, kept: kept.get(target.name) ?? NaN };
-      return { key: target.name, name, title: target.name, mark: through ? "●" : "×", faint: !through, values, pair };
+      return { key: title, name, title, mark: through ? "●" : "×", faint: !through, values, pair };
     });
     layers.show(rows, state.threshold, ["left", "right", "corrected", ...(kept.size ? ["kept"] : [])]);
   }
@@ -131,7 +142,8 @@ export function similarityView({ onState, onThreshold, note }) {
     const pinned = state.pinned && !what;
     const row = what?.row ?? (pinned && rows.find(({ key }) => key === state.pinned));
     const [source, target] = state.pinned.split(" ");
-    const cell = what?.cell ?? (pinned && map && target && cellOf({ source: { block: source }, target: { block: target } }));
+    const cell =
+      what?.cell ?? (pinned && map && target && cellOf({ source: { block: source }, target: { block: target } }));
     const lines = row ? ofLayer(row.pair) : cell ? ofCell(cell) : [say("map_hint")];
     if (pinned && (row || cell)) lines[2] += ` · ${say("pinned")}`;
     details.replaceChildren(...lines.map((line) => make("div", { title: line }, line)));
@@ -141,7 +153,9 @@ export function similarityView({ onState, onThreshold, note }) {
     const size = ({ shape }) => shape.join(" × ");
     const share = kept.get(target.name);
     const values = { left, right, corrected, ...(share === undefined ? {} : { kept: share }) };
-    const words = Object.entries(values).map(([key, value]) => `${say(key)} ${Number.isNaN(value) ? "–" : value.toFixed(3)}`);
+    const words = Object.entries(values).map(
+      ([key, value]) => `${say(key)} ${Number.isNaN(value) ? "–" : value.toFixed(3)}`,
+    );
     return [
       source ? source.name : say("no_source"),
       `→ ${target.name}`,
@@ -160,11 +174,12 @@ export function similarityView({ onState, onThreshold, note }) {
       const found = [...new Set(layers.map(({ shape }) => shape.join(" × ")))];
       return `${found.slice(0, 2).join(", ")}${found.length > 2 ? ", …" : ""}`;
     };
+    const found = count ? say(words, { value: value.toFixed(2), count }) : say("other_size");
     return [
       map.rows[row],
       `→ ${map.columns[column]}`,
       `${sizes("sources", map.rows[row])} → ${sizes("targets", map.columns[column])}`,
-      `${count ? say(words, { value: value.toFixed(2), count }) : say("other_size")} · ${pair ? say("paired", pair) : say("not_paired")}`,
+      `${found} · ${pair ? say("paired", pair) : say("not_paired")}`,
     ];
   }
 

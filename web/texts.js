@@ -4,7 +4,8 @@ export const ENGLISH = {
   waiting_similarity: "Queue the workflow: the comparison appears here.",
   waiting_report: "Queue the workflow: what arrived appears here.",
   waiting_loss: "Queue the workflow: the loss appears here.",
-  unknown_schema: "This view cannot read {schema}, version {version}. Queue the workflow again, or use the lorax that wrote it.",
+  unknown_schema:
+    "This view cannot read {schema}, version {version}. Queue the workflow again, or use the lorax that wrote it.",
   damaged: "The report is damaged ({what}). Queue the workflow again.",
   no_layers: "No layer to show.",
   many_layers: "{count} layers: choose a kind or a stage to see single ones.",
@@ -64,7 +65,7 @@ export const ENGLISH = {
   method_rank: "{method}, rank {rank}",
   step_loss: "step {step} of {total}: loss {loss}",
   loss_label: "Loss against step: {first} at the start, {last} at step {step} of {total}",
-  "transferred": "transferred",
+  transferred: "transferred",
   "kept unchanged": "kept unchanged",
   "below threshold": "below threshold",
   "not in source": "not in source",

@@ -4,7 +4,9 @@ import { colour, EMPTY, pixels } from "../../web/colours.js";
 
 // CIE lightness of sRGB.
 function lightness([r, g, b]) {
-  const linear = [r, g, b].map((part) => (part / 255 <= 0.04045 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4));
+  const linear = [r, g, b].map((part) =>
+    part / 255 <= 0.04045 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4,
+  );
   const y = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
   return 116 * Math.cbrt(y) - 16;
 }

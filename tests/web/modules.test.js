@@ -19,5 +19,7 @@ test.each(files.filter((name) => /_data|names|colours|texts/.test(name)))("%s kn
 });
 
 test.each(files)("%s sets no HTML and asks for nothing", (name) => {
-  expect(read(name)).not.toMatch(/innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\bfetch\(|XMLHttpRequest|https?:\/\/(?!www\.w3\.org)/);
+  expect(read(name)).not.toMatch(
+    /innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\bfetch\(|XMLHttpRequest|https?:\/\/(?!www\.w3\.org)/,
+  );
 });

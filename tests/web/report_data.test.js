@@ -7,7 +7,10 @@ import { report } from "./sources.js";
 test("a report comes back from the workflow file as it was, numbers to four digits", () => {
   const [plain, packed] = [readReport(report()), readReport(JSON.parse(JSON.stringify(packReport(report()))))];
   expect(packed.rows[0].corrected).toBeCloseTo(plain.rows[0].corrected, 4);
-  const rounded = plain.rows.map((row) => ({ ...row, corrected: Number.isNaN(row.corrected) ? NaN : Math.round(row.corrected * 1e4) / 1e4 }));
+  const rounded = plain.rows.map((row) => ({
+    ...row,
+    corrected: Number.isNaN(row.corrected) ? NaN : Math.round(row.corrected * 1e4) / 1e4,
+  }));
   expect(packed).toEqual({ ...plain, rows: rounded });
 });
 
@@ -50,17 +53,24 @@ test("the text has a line for every row and says why", () => {
 
 test("outcomes are counted in a fixed order", () => {
   const rows = readReport(report(["not in target", "transferred", "not in target"])).rows;
-  expect(outcomes(rows)).toEqual([["transferred", 1], ["not in target", 2]]);
+  expect(outcomes(rows)).toEqual([
+    ["transferred", 1],
+    ["not in target", 2],
+  ]);
 });
 
 test("only what arrived has a share", () => {
   expect([...keptShares(readReport(report())).values()]).toEqual([0.3]);
 });
 
-test.each([[NaN, "nothing"], [0, "nothing"], [0.2, "weak"], [0.5, "fair"], [0.9, "strong"], [1.2, "strong"]])(
-  "%s of the norm is a %s effect",
-  (kept, words) => expect(effect(kept)).toBe(words),
-);
+test.each([
+  [NaN, "nothing"],
+  [0, "nothing"],
+  [0.2, "weak"],
+  [0.5, "fair"],
+  [0.9, "strong"],
+  [1.2, "strong"],
+])("%s of the norm is a %s effect", (kept, words) => expect(effect(kept)).toBe(words));
 
 test.each([
   ["unet.down_blocks.1.attentions.0.transformer_blocks.3.attn1.to_out.0", "down 1 0.3 attn1.to_out.0"],

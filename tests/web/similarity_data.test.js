@@ -1,7 +1,14 @@
 import { describe, expect, test } from "vitest";
 
 import {
-  blockMap, choices, chosenPairs, countAbove, histogram, pairedCells, Problem, readSimilarity,
+  blockMap,
+  choices,
+  chosenPairs,
+  countAbove,
+  histogram,
+  pairedCells,
+  Problem,
+  readSimilarity,
 } from "../../web/similarity_data.js";
 import { similarity } from "./sources.js";
 
@@ -10,7 +17,9 @@ const ALL = { group: "", stage: "" };
 describe("what is read", () => {
   test("names are block and role, kinds and stages come from them", () => {
     const model = readSimilarity(similarity());
-    expect(model.targets.map(({ name }) => name)).toContain("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0");
+    expect(model.targets.map(({ name }) => name)).toContain(
+      "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
+    );
     expect(choices(model)).toEqual({ groups: ["q", "out"], stages: ["down 0", "mid"] });
     expect(model.pairs[0]).toMatchObject({ left: 0.97, right: 0.95, corrected: 0.9 });
   });
@@ -85,7 +94,9 @@ describe("the map", () => {
     const places = blocks.map((_, i) => i);
     const bytes = Buffer.alloc(560 * 560, 200).toString("base64");
     const model = readSimilarity({
-      ...kinds, sources: table, targets: table,
+      ...kinds,
+      sources: table,
+      targets: table,
       kinds: [{ kind: "transformer:attn.to_q", sources: places, targets: places, corrected: bytes }],
       pairs: places.map((i) => [i, i, 1, 1, 1]),
     });

@@ -1,14 +1,16 @@
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { expect, test } from "vitest";
 
 import { ENGLISH, say, speak } from "../../web/texts.js";
 
-const french = JSON.parse(readFileSync(new URL("../../locales/fr/main.json", import.meta.url), "utf8")).lorax;
+const LOCALES = new URL("../../locales/", import.meta.url);
+const languages = readdirSync(LOCALES).filter((name) => name !== "en");
 const places = (text) => (text.match(/\{\w+\}/g) ?? []).sort();
 
-test("the translation has every text, with the same places for values", () => {
-  expect(Object.keys(french).sort()).toEqual(Object.keys(ENGLISH).sort());
-  for (const key of Object.keys(ENGLISH)) expect([key, places(french[key])]).toEqual([key, places(ENGLISH[key])]);
+test.each(languages)("%s has every text, with the same places for values", (language) => {
+  const texts = JSON.parse(readFileSync(new URL(`${language}/main.json`, LOCALES), "utf8")).lorax;
+  expect(Object.keys(texts).sort()).toEqual(Object.keys(ENGLISH).sort());
+  for (const key of Object.keys(ENGLISH)) expect([key, places(texts[key])]).toEqual([key, places(ENGLISH[key])]);
 });
 
 test("every text that the views say exists", () => {
