@@ -96,10 +96,10 @@ export function similarityView({ onState, onThreshold, note }) {
     rows = pairs.map((pair) => {
       const { target, left, right, corrected } = pair;
       const through = isAbove(pair, state.threshold);
-      const title = target.name;
+      const key = target.name;
       const name = `${shortBlock(target.block)} ${target.name.slice(target.block.length + 1)}`;
       const values = { left, right, corrected, kept: kept.get(target.name) ?? NaN };
-      return { key: title, name, title, mark: through ? "●" : "×", faint: !through, values, pair };
+      return { key, name, title: key, mark: through ? "●" : "×", faint: !through, values, pair };
     });
     layers.show(rows, state.threshold, ["left", "right", "corrected", ...(kept.size ? ["kept"] : [])]);
   }
