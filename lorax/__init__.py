@@ -7,7 +7,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import Adapter, LoraLayer, LoraXLayer, load_adapter, save_adapter
-    from .base import Base, open_base
+    from .base import Base, module_base, open_base
     from .cache import Cache, open_cache
     from .convert import convert_to_lora, convert_to_lora_x
     from .engine import Engine
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Where each name lives. It is imported when it is first asked for: reading a header needs no torch.
 _PLACES = {
     "adapters": ("Adapter", "LoraLayer", "LoraXLayer", "load_adapter", "save_adapter"),
-    "base": ("Base", "open_base"),
+    "base": ("Base", "module_base", "open_base"),
     "cache": ("Cache", "open_cache"),
     "convert": ("convert_to_lora", "convert_to_lora_x"),
     "engine": ("Engine",),
@@ -79,6 +79,7 @@ __all__ = [
     "load_adapter",
     "load_assignment",
     "match_bases",
+    "module_base",
     "open_base",
     "open_cache",
     "pair_scores",

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from .tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 # Where the model that denoises lies in a file: in checkpoints, in ComfyUI's own saves, in the original repositories.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.", "")
@@ -226,6 +227,29 @@ def loaded_base(
             layers += [Layer(f"{component[kind]}.{path}", shape) for path, shape in modules.items() if len(shape) == 2]
     sizes = {key: shape[0] for key, shape in parameters.items() if len(shape) == 1}
     return Base(name, family, LayerTable(layers, names), read, LayerTable(family.vectors(sizes, found)))
+
+
+def module_base(model: Module, name: str = "model") -> Base:
+    """Make a base of a torch module that denoises: a U-Net or a transformer, in its original or in diffusers' naming.
+
+    The layers have the names that `open_base` gives them in a file of `model.state_dict()`.
+
+    Args:
+        model: The module; its weights are read when they are asked for. After they change, make a new base of it.
+        name: What to call it.
+    """
+    modules = dict(model.named_modules())
+
+    def read(layer: Layer) -> Tensor:
+        weight = modules[module_path(layer, modules)].get_parameter("weight").detach()
+        return weight if layer.rows is None else weight[slice(*layer.rows)]
+
+    return loaded_base(name, {key: tuple(value.shape) for key, value in model.named_parameters()}, {}, read)
+
+
+def module_path(layer: Layer, modules: Container[str]) -> str:
+    """Return the path, in a model with these modules, of the module whose weight a layer is (or is a part of)."""
+    return layer.original if layer.original in modules else layer.path
 
 
 def _recognise(files: Mapping[str, TensorFile], name: str) -> tuple[Family, str, dict[str, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""The choices and defaults of a transfer, each with its source."""
+"""The choices and defaults of a transfer and of training, each with its source."""
 
 from enum import StrEnum
 
@@ -57,3 +57,7 @@ RANK = 320
 LORA_RANK = 64
 # What unrelated layers score after the correction: a layer that is no better than chance gets no update.
 THRESHOLD = 0.0
+# A step of AdamW moves a singular value by about this much. Ours: no published figure.
+LEARNING_RATE = 1e-3
+# The longest gradient; what the training scripts of diffusers and kohya have by default.
+CLIP_NORM = 1.0

@@ -1,7 +1,8 @@
-"""Pictures of a similarity and of a transfer. Needs Pillow, which ComfyUI ships."""
+"""Pictures of a similarity, of a transfer and of a training. Needs Pillow, which ComfyUI ships."""
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +98,34 @@ def retained_picture(report: TransferReport) -> Image.Image:
     for x, ink, words in ((left, ARRIVED_INK, "kept by the layer"), (left + 180, LOST_INK, "no update")):
         draw.rectangle((x, y, x + 12, y + 12), fill=ink)
         _text(draw, (x + 18, y - 1), words, 12)
+    return image
+
+
+def loss_picture(losses: Sequence[float]) -> Image.Image:
+    """Draw the loss of each step: faint as it is, and its running mean over a twentieth of the steps."""
+    width, height, left, top = 640, 260, 70, 50
+    image = Image.new("RGB", (left + width + 20, top + height + 40), PAPER)
+    draw = ImageDraw.Draw(image)
+    values = np.asarray(losses, dtype=np.float64)
+    span = max(1, len(values) // 20)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - span, 0)
+    means = (sums[ends] - sums[starts]) / (ends - starts)
+    low, high = float(values.min()), float(values.max())
+    room = (high - low) or 1.0
+    _text(draw, (20, 10), f"Loss {means[-1]:.4g} after {len(values)} steps", 17)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = top + height - round(share * height)
+        draw.line((left, y, left + width, y), fill=EMPTY)
+        _text(draw, (left - 8, y), f"{low + share * room:.3g}", 12, anchor="rm")
+        step = 1 + round(share * (len(values) - 1))
+        _text(draw, (left + round(share * width), top + height + 8), str(step), 12, anchor="ma")
+    for line, ink, thick in ((values, FAINT, 1), (means, ARRIVED_INK, 3)):
+        xs = left + np.arange(len(line)) / max(1, len(line) - 1) * width
+        ys = top + height - (line - low) / room * height
+        points = [(float(x), float(y)) for x, y in zip(xs, ys, strict=True)]
+        draw.line(points if len(points) > 1 else points * 2, fill=ink, width=thick, joint="curve")
     return image
 
 

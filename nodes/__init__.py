@@ -3,9 +3,10 @@
 from .files import LoraXLoader, LoraXSave
 from .host import ComfyExtension
 from .similarity import LoraXSimilarity
+from .train import LoraXTrain
 from .transfer import LoraXApply, LoraXConvert, LoraXTransfer
 
-NODES = [LoraXLoader, LoraXSimilarity, LoraXTransfer, LoraXApply, LoraXConvert, LoraXSave]
+NODES = [LoraXLoader, LoraXSimilarity, LoraXTransfer, LoraXApply, LoraXConvert, LoraXSave, LoraXTrain]
 
 
 class LoraXExtension(ComfyExtension):

@@ -1,23 +1,30 @@
 """The only file that knows ComfyUI: its models, devices, folders, progress and cancel button."""
 
+import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import comfy.lora
 import comfy.model_management as management
 import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
 import comfy.utils
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from ..lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
 from ..lorax.base import Base, loaded_base
 from ..lorax.cache import open_cache
 from ..lorax.engine import Engine
-from ..lorax.errors import FormatError, MismatchError, OutputError
+from ..lorax.errors import FormatError, MismatchError, OptionError, OutputError
 from ..lorax.layers import Layer
 from ..lorax.progress import Progress
 
@@ -32,10 +39,16 @@ SPELLED = re.compile(
     r"^(lora_unet_|lora_transformer_|lycoris_|diffusion_model\.|transformer\.|unet\.|base_model\.model\.)"
 )
 
+# What makes a conditioning more than a caption of a whole picture.
+REGIONAL = {"control", "gligen", "hooks", "area", "mask", "start_percent", "end_percent"}
+# Asks the host for all of the device.
+ALL_MEMORY = 1e20
+
 # A parameter of the host's model; with (dimension, start, length) for a part of it.
 Key = str | tuple[str, tuple[int, int, int]]
 REPORT = "report this with the ComfyUI version"
 Result = TypeVar("Result")
+Learning = TypeVar("Learning", bound=nn.Module)
 
 
 def __getattr__(name: str) -> Any:
@@ -231,6 +244,214 @@ def compute(work: Callable[[Engine, Progress], Result], steps: int, *, cache: bo
         management.soft_empty_cache()
 
 
+@contextmanager
+def training(
+    model: Any,
+    pictures: Sequence[tuple[Tensor, Any]],
+    attach: Callable[[nn.Module], Learning],
+    *,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool,
+) -> Generator[tuple[Learning, Callable[[Sequence[int]], Tensor]]]:
+    """Load a MODEL whole, attach to it what shall learn, and let it take part in backward passes.
+
+    Args:
+        model: MODEL; the copy that is trained has its patches.
+        pictures: A latent `[1, ...]` as the VAE gives it, and an entry of a CONDITIONING, each.
+        attach: Called with the module that denoises; what it returns is detached at the end, as a context.
+        dtype: To compute in.
+        gradient_checkpointing: Whether to compute each block again in the backward pass instead of keeping its inside.
+
+    Yields:
+        What `attach` returned, and a function that returns the loss of some of the pictures, by number, all of one
+        size: the mean square error of what this model predicts (noise, velocity or flow), at random times of its own
+        noise schedule.
+
+    Raises:
+        OptionError: A conditioning has areas, masks, times, or a ControlNet.
+    """
+    _teach_rotations()
+    with torch.inference_mode(False), ExitStack() as stack:
+        patcher = model.clone()
+        patcher.set_model_compute_dtype(dtype)
+        stack.callback(management.soft_empty_cache)
+        management.load_models_gpu([patcher], memory_required=ALL_MEMORY, force_full_load=True)
+        patcher.pre_run()
+        stack.callback(patcher.cleanup)
+        stack.enter_context(_differentiable(patcher.model))
+        layers = stack.enter_context(attach(patcher.model.diffusion_model))
+        saved = _copies([patcher.model, layers])
+        if gradient_checkpointing:
+            stack.enter_context(_checkpointed(patcher.model.diffusion_model, saved))
+        data = [_picture(patcher, latent, entry) for latent, entry in pictures]
+
+        def loss(chosen: Sequence[int]) -> Tensor:
+            with saved():
+                return _loss(patcher, [data[i] for i in chosen], dtype)
+
+        yield layers, loss
+
+
+def _picture(patcher: Any, latent: Tensor, entry: Any) -> tuple[Tensor, Any]:
+    """Return a latent as the model sees it, `[1, ...]`, and its conditioning as the model reads it."""
+    if strange := sorted(REGIONAL & entry[1].keys()):
+        raise OptionError("a picture to train on has one plain caption", ", ".join(strange), "connect a plain prompt")
+    latent = patcher.model.process_latent_in(latent.clone().to(patcher.load_device, torch.float32))
+    conds = {"positive": comfy.sampler_helpers.convert_cond([_cloned(entry)])}
+    noise = torch.zeros_like(latent)
+    conds = comfy.samplers.process_conds(patcher.model, noise, conds, patcher.load_device, latent_image=latent, seed=0)
+    return latent, conds["positive"][0]
+
+
+def _cloned(value: Any) -> Any:
+    """Return a copy of a conditioning whose tensors may take part in a backward pass."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _cloned(part) for key, part in value.items()}
+    return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value
+
+
+def _loss(patcher: Any, pictures: Sequence[tuple[Tensor, Any]], dtype: torch.dtype) -> Tensor:
+    sampling = patcher.model.model_sampling
+    latent = torch.cat([latent for latent, _ in pictures])
+    times = torch.rand(len(pictures))
+    sigma = torch.tensor([float(sampling.percent_to_sigma(float(time))) for time in times])
+    sigma = sigma.clamp(float(sampling.sigma_min), float(sampling.sigma_max)).to(latent)
+    noisy = sampling.noise_scaling(sigma, torch.randn(latent.shape).to(latent), latent, False)
+    with torch.autocast(latent.device.type, dtype, enabled=dtype != torch.float32):
+        denoised = _denoised(patcher, noisy, sigma, [cond for _, cond in pictures])
+    # What a prediction of 1 changes: the error of the denoised latent, divided by it, is that of the prediction.
+    one = torch.ones_like(latent[:, :1])
+    slope = sampling.calculate_denoised(sigma, one, one * 0) - sampling.calculate_denoised(sigma, one * 0, one * 0)
+    return ((denoised - latent) / slope).square().mean()
+
+
+def _denoised(patcher: Any, noisy: Tensor, sigma: Tensor, conds: Sequence[Any]) -> Tensor:
+    """Return what the model makes of noisy latents, each with its own conditioning; what fits together at once."""
+    parts = [comfy.samplers.get_area_and_mult(cond, noisy[i : i + 1], sigma[i : i + 1]) for i, cond in enumerate(conds)]
+    found: dict[int, Tensor] = {}
+    while waiting := [i for i in range(len(parts)) if i not in found]:
+        some = [i for i in waiting if comfy.samplers.can_concat_cond(parts[waiting[0]], parts[i])]
+        options = dict(patcher.model_options.get("transformer_options", {}))
+        options |= {"cond_or_uncond": [0] * len(some), "uuids": [parts[i].uuid for i in some], "sigmas": sigma[some]}
+        cond = comfy.samplers.cond_cat([parts[i].conditioning for i in some])
+        out = patcher.model.apply_model(noisy[some], sigma[some], transformer_options=options, **cond)
+        found |= {i: out[place] for place, i in enumerate(some)}
+    return torch.stack([found[i] for i in range(len(parts))])
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Generator[None]:
+    """Put views of the same memory in the place of weights that the host loaded in inference mode."""
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, held in table.items():
+                    if held is not None and held.is_inference() and type(held.data) is Tensor:
+                        kept.append((table, name, held))
+                        view = torch.empty(0, dtype=held.dtype, device=held.device)
+                        view.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())
+                        table[name] = nn.Parameter(view, False) if table is module._parameters else view
+        yield
+    finally:
+        for table, name, held in kept:
+            table[name] = held
+
+
+@functools.cache
+def _teach_rotations() -> None:
+    """Give the host's own kernels for rotary embeddings, which have none, their gradient: the rotation backwards."""
+    kernels = getattr(torch.ops, "comfy_kitchen", None)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[-1])
+
+    def back(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (turns,) = ctx.saved_tensors
+        turns = turns.transpose(-1, -2)
+        return *(kernels.apply_rope1(gradient.contiguous(), turns) for gradient in gradients), None
+
+    for name in ("apply_rope", "apply_rope1"):
+        if hasattr(kernels, name):
+            torch.library.register_autograd(f"comfy_kitchen::{name}", back, setup_context=keep)
+
+
+def _copies(frozen: Sequence[nn.Module]) -> Callable[[], saved_tensors_hooks]:
+    """Return a context that keeps copies for the backward pass: models of the host add to their tensors in place.
+
+    What `frozen` holds does not change and is kept as it is.
+    """
+    tensors = [tensor for module in frozen for tensor in (*module.parameters(), *module.buffers())]
+    known = {tensor.untyped_storage().data_ptr() for tensor in tensors if type(tensor.data) is Tensor}
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor if tensor.untyped_storage().data_ptr() in known else tensor.clone()
+
+    return lambda: saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, saved: Callable[[], saved_tensors_hooks]) -> Generator[None]:
+    """Let each block of a model be computed again in the backward pass."""
+    blocks = list(_blocks(model))
+    kept = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = functools.partial(_recomputed, block.forward, saved)
+        yield
+    finally:
+        for block, before in zip(blocks, kept, strict=True):
+            del block.forward
+            if before is not None:
+                block.forward = before
+
+
+def _recomputed(
+    forward: Callable[..., Any], saved: Callable[[], saved_tensors_hooks], *args: Any, **kwargs: Any
+) -> Any:
+    """Call `forward` and keep only its inputs for the backward pass, as copies.
+
+    What torch's newer checkpoints keep is not protected from changes in place, and its older ones take no keywords.
+    """
+    leaves, form = tree_flatten((args, kwargs))
+    if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        return forward(*args, **kwargs)  # nothing before it learns, and the older checkpoints would cut it off
+    forms: list[Any] = []
+
+    def run(*leaves: Any) -> tuple[Any, ...]:
+        with saved():
+            copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(copies, form)
+            results, result_form = tree_flatten(forward(*args, **kwargs))
+        forms.append(result_form)
+        return tuple(results)
+
+    results = checkpoint(run, *leaves, use_reentrant=True, preserve_rng_state=False)
+    return tree_unflatten(list(results), forms[0])
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules below `module` that are not mere lists of modules."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            yield from _blocks(child)
+        else:
+            yield child
+
+
+def counted(steps: int) -> Callable[[int], None]:
+    """Return a function that shows how many steps are done in the host's bar, and ends where the user cancels."""
+    bar = comfy.utils.ProgressBar(steps)
+
+    def count(done: int) -> None:
+        management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, steps)
+
+    return count
+
+
 def adapter_files() -> list[str]:
     """Return the names of the files in the host's `loras` folders."""
     import folder_paths
@@ -284,3 +505,10 @@ def show(text: str, node_id: str | None) -> None:
 
     if node_id is not None:
         PromptServer.instance.send_progress_text(text, node_id)
+
+
+def send(event: str, data: Mapping[str, Any]) -> None:
+    """Send an event to the browser that runs the graph."""
+    from server import PromptServer
+
+    PromptServer.instance.send_sync(event, dict(data), PromptServer.instance.client_id)
