@@ -30,20 +30,24 @@ function attachSimilarity(node) {
   const view = similarityView({
     onState: (state) => keep(node, { state }),
     onThreshold: (value) => setThreshold(node, value),
-    note: () => say(thresholds(node).length ? "writes" : "writes_nothing"),
+    note: () => say(thresholds(node).length ? "writes" : transfersOf(node).length ? "writes_linked" : "writes_nothing"),
   });
   function follow() {
     const widget = thresholds(node)[0];
     if (widget) view.setThreshold(widget.value);
+  }
+  function followReports() {
+    follow();
     view.setKept(reportOf(node));
   }
   return {
     element: view.element,
     show: (data, state) => {
       view.show(data, state);
-      follow();
+      followReports();
     },
     follow,
+    followReports,
   };
 }
 
@@ -51,7 +55,7 @@ function attachReport(node) {
   const view = reportView({ onState: (state) => keep(node, { state }) });
   const show = (data, state) => {
     view.show(data, state);
-    followAll();
+    tellAll("followReports");
   };
   return { element: view.element, show };
 }
@@ -103,8 +107,11 @@ function reportOf(node) {
   return new Map(shares.flat());
 }
 
-function followAll() {
-  for (const node of app.graph?.nodes ?? []) views.get(node)?.follow?.();
+/** Let the views of all similarities follow what changed: the threshold of a transfer (`follow`), or more. */
+function tellAll(what) {
+  const root = app.rootGraph ?? app.graph;
+  const graphs = [root, ...(root?.subgraphs?.values() ?? [])];
+  for (const node of graphs.flatMap((graph) => graph?.nodes ?? [])) views.get(node)?.[what]?.();
 }
 
 /** Take away the text that the node shows where there is no view: the view says the same. */
@@ -138,7 +145,7 @@ function attach(node) {
   });
   widget.serialize = false;
   chain(node, "onConfigure", () => showKept(node));
-  chain(node, "onConnectionsChange", () => setTimeout(followAll));
+  chain(node, "onConnectionsChange", () => setTimeout(() => tellAll("followReports")));
   chain(node, "onExecuted", (output) => {
     const data = output?.[key]?.[0];
     if (data === undefined) return;
@@ -206,11 +213,11 @@ app.registerExtension({
     if (node.comfyClass in NODES) attach(node);
     if (node.comfyClass === TRANSFER) {
       const widget = node.widgets?.find(({ name }) => name === "threshold");
-      if (widget) chain(widget, "callback", followAll);
+      if (widget) chain(widget, "callback", () => tellAll("follow"));
     }
   },
   afterConfigureGraph() {
-    followAll();
+    tellAll("followReports");
   },
   setup() {
     api.addEventListener("lorax.loss", ({ detail }) => {

@@ -32,7 +32,6 @@ export function similarityView({ onState, onThreshold, note }) {
   let [model, map, pairs, kept] = [null, null, [], new Map()];
   let [rows, cellCounts] = [[], new Map()];
   let state = { group: "", stage: "", pinned: "", threshold: 0 };
-  let enabled = true;
 
   const title = make("div", { class: "lorax-title" });
   const message = make("div", { class: "lorax-message", role: "status" });
@@ -87,7 +86,7 @@ export function similarityView({ onState, onThreshold, note }) {
 
   function refresh() {
     const above = countAbove(pairs, state.threshold);
-    slider.show(state.threshold, above, pairs.length, note(state.threshold), enabled);
+    slider.show(state.threshold, above, pairs.length, note(state.threshold));
     if (map?.values.length) {
       const cells = pairedCells(map, pairs, state.threshold);
       cellCounts = new Map(cells.map((cell) => [cell.row * map.columns.length + cell.column, cell]));
@@ -211,9 +210,10 @@ export function similarityView({ onState, onThreshold, note }) {
       element.replaceChildren(...parts);
       filter();
     },
-    /** Follow a threshold that was set elsewhere; it cannot be dragged where another node gives it. */
-    setThreshold(threshold, mayDrag = true) {
-      [state.threshold, enabled] = [threshold, mayDrag];
+    /** Follow a threshold that was set elsewhere. */
+    setThreshold(threshold) {
+      if (threshold === state.threshold) return;
+      state.threshold = threshold;
       if (model) refresh();
     },
     /** Take what each target layer kept of its update, from a transfer that was made. */

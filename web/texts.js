@@ -40,6 +40,7 @@ export const ENGLISH = {
   threshold: "threshold",
   counted: "{above} of {count} layers would be transferred",
   writes: "Sets the threshold of LoRA-X Transfer.",
+  writes_linked: "To try it out. A link gives the threshold of LoRA-X Transfer.",
   writes_nothing: "To try it out. Connect “similarity” to LoRA-X Transfer to set its threshold.",
   writes_option: "To try it out: lorax transfer --threshold {value}",
   legend_above: "paired, all above",

@@ -27,9 +27,8 @@ export function thresholdSlider({ onDrag }) {
   return {
     element,
     /** Show a value, how many pairs are above it, and what dragging does. */
-    show(value, above, all, words, enabled) {
+    show(value, above, all, words) {
       input.value = value;
-      input.disabled = !enabled;
       shown.value = value.toFixed(2);
       input.setAttribute("aria-valuetext", `${value.toFixed(2)}: ${say("counted", { above, count: all })}`);
       count.textContent = say("counted", { above, count: all });

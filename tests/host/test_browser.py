@@ -253,7 +253,7 @@ def test_the_keys_stay_in_the_view(host, browser):
         nothing_wrong(page, host)
 
 
-def test_a_new_threshold_in_the_transfer_is_seen_and_without_a_transfer_nothing_is_set(host, browser):
+def test_a_new_threshold_in_the_transfer_is_seen_and_only_a_free_one_is_set(host, browser):
     with front_end(host, browser) as page:
         drop(page, graph(rank=50))
         queue(page)
@@ -264,6 +264,14 @@ def test_a_new_threshold_in_the_transfer_is_seen_and_without_a_transfer_nothing_
             widget.callback(0.5);
         }}""")
         assert page.locator(".lorax-similarity output").inner_text() == "0.50"
+        page.evaluate(f"""() => {{
+            const transfer = ({NODE})("LoraXTransfer");
+            const number = LiteGraph.createNode("PrimitiveFloat");
+            app.graph.add(number);
+            number.connect(0, transfer, transfer.inputs.findIndex(({{ name }}) => name === "threshold"));
+        }}""")
+        page.wait_for_timeout(100)
+        assert "link gives" in page.locator(".lorax-similarity .lorax-note").inner_text()
         page.evaluate(f"({NODE})('LoraXTransfer').disconnectInput(3)")
         page.wait_for_timeout(100)
         slider = page.locator(".lorax-similarity input[type=range]")
