@@ -112,13 +112,14 @@ class Base:
         return self.digest(name)[:16]
 
     def identity(self) -> str:
-        """Return a text that names the content of the base: the fingerprints of a sample of its layers.
+        """Return 16 hex digits that name the content of the base, made of the digests of a sample of its layers.
 
         Two fine-tunes of one base differ in it unless all of the sampled layers are equal.
         """
         main = [layer for layer in self.layers.values() if layer.is_main]
         names = [layer.name for layer in main if layer.is_attention] or [layer.name for layer in main]
-        return " ".join(self.fingerprint(name) for name in names[:: max(1, len(names) // SAMPLED_LAYERS)])
+        sample = " ".join(self.digest(name) for name in names[:: max(1, len(names) // SAMPLED_LAYERS)])
+        return hashlib.sha256(sample.encode()).hexdigest()[:16]
 
     @property
     def components(self) -> list[str]:

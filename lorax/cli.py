@@ -1,4 +1,4 @@
-"""The command line: `lorax inspect | similarity | transfer | convert | cache`."""
+"""The command line: `lorax inspect | similarity | transfer | migrate | convert | cache`."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .console import bar, plain, png, print_report, print_similarity, say, tell
+from .console import bar, plain, png, print_migration, print_report, print_similarity, say, tell
 from .errors import LoraxError, OptionError, printable
 from .options import LORA_RANK, RANK, THRESHOLD, Dora, Format, Matching, Method, Naming
 from .version import __version__
@@ -33,6 +33,13 @@ app = typer.Typer(
 
 caches = typer.Typer(help="What is kept of earlier work, so that no layer is decomposed twice.", no_args_is_help=True)
 app.add_typer(caches, name="cache")
+
+
+class Run(StrEnum):
+    """Where a migration runs."""
+
+    local = "local"
+    ray = "ray"
 
 
 class DType(StrEnum):
@@ -57,6 +64,22 @@ BASE = "Checkpoint, U-Net file, or folder of a diffusers pipeline."
 SourceOption = Annotated[Path, typer.Option("--source", help=f"Base that the adapter was made for. {BASE}")]
 TargetOption = Annotated[Path, typer.Option("--target", help=f"Base that it shall work on. {BASE}")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to write; an older one is replaced.")]
+MethodOption = Annotated[Method, typer.Option(help="auto chooses by the adapter's kind.")]
+ThresholdOption = Annotated[float, typer.Option(help="A layer gets an update above this corrected similarity.")]
+MatchingOption = Annotated[
+    Matching,
+    typer.Option(help="Pairing of blocks: auto goes by similarity, in order, where the bases differ in depth."),
+]
+LoraRankOption = Annotated[
+    int, typer.Option(help="Rank of the LoRA that another kind of update becomes, if it cannot be copied.")
+]
+DoraOption = Annotated[
+    Dora, typer.Option(help="Move a DoRA's direction and keep its magnitudes' ratio, or its dense update.")
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="Form of the result.")]
+FastOption = Annotated[
+    bool, typer.Option("--fast", help="Subspaces about twice as fast, the update right to about 1e-4.")
+]
 NamingOption = Annotated[Naming, typer.Option(help="Spelling of the layers in the result.")]
 DTypeOption = Annotated[DType, typer.Option(help="Storage of the result.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
@@ -151,37 +174,26 @@ def transfer(
     source: SourceOption,
     target: TargetOption,
     output: OutputOption,
-    method: Annotated[Method, typer.Option(help="auto chooses by the adapter's kind.")] = Method.auto,
+    method: MethodOption = Method.auto,
     rank: RankOption = None,
-    threshold: Annotated[
-        float, typer.Option(help="A layer gets an update above this corrected similarity.")
-    ] = THRESHOLD,
-    matching: Annotated[
-        Matching,
-        typer.Option(help="Pairing of blocks: auto goes by similarity, in order, where the bases differ in depth."),
-    ] = Matching.auto,
+    threshold: ThresholdOption = THRESHOLD,
+    matching: MatchingOption = Matching.auto,
     assignment_file: Annotated[
         Path | None, typer.Option("--assignment", help="Take the pairs of blocks from this file (or report).")
     ] = None,
     save_assignment: Annotated[
         Path | None, typer.Option(help="Write the pairs of blocks to this file, to look at, edit and give back.")
     ] = None,
-    lora_rank: Annotated[
-        int, typer.Option(help="Rank of the LoRA that another kind of update becomes, if it cannot be copied.")
-    ] = LORA_RANK,
-    dora: Annotated[
-        Dora, typer.Option(help="Move a DoRA's direction and keep its magnitudes' ratio, or its dense update.")
-    ] = Dora.direction,
-    output_format: Annotated[Format, typer.Option("--format", help="Form of the result.")] = Format.lora,
+    lora_rank: LoraRankOption = LORA_RANK,
+    dora: DoraOption = Dora.direction,
+    output_format: FormatOption = Format.lora,
     naming: NamingOption = Naming.keep,
     dtype: DTypeOption = DType.keep,
     report_file: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON.")] = None,
     png_file: Annotated[Path | None, typer.Option("--png", help="Draw what each layer kept.")] = None,
     html_file: HtmlOption = None,
     device: DeviceOption = Device.auto,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Subspaces about twice as fast, the update right to about 1e-4.")
-    ] = False,
+    fast: FastOption = False,
     cache: CacheOption = True,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if any layer gets no update.")] = False,
 ) -> None:
@@ -226,6 +238,71 @@ def transfer(
     if html_file:
         write_bytes(html_file, page(report.to_json()).encode())
     print_report(report)
+
+
+@app.command()
+def migrate(
+    folder: Annotated[Path, typer.Argument(help="Folder of adapters, with all below it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; its structure is that of FOLDER.")],
+    source: Annotated[Path | None, typer.Option("--source", help=f"Base that they were made for. {BASE}")] = None,
+    target: Annotated[Path | None, typer.Option("--target", help=f"Base that they shall work on. {BASE}")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="TOML file with a table `move` for each pair of bases, instead of these two.")
+    ] = None,
+    engine: Annotated[Run, typer.Option(help="Processes here, or a Ray cluster.")] = Run.local,
+    workers: Annotated[
+        int | None, typer.Option(help="How many processes.", show_default="cores, as memory allows")
+    ] = None,
+    gpu_share: Annotated[float, typer.Option(help="Ray: share of a GPU that a task takes.")] = 0.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the migration in the output folder.")] = False,
+    method: MethodOption = Method.auto,
+    rank: RankOption = None,
+    threshold: ThresholdOption = THRESHOLD,
+    matching: MatchingOption = Matching.auto,
+    lora_rank: LoraRankOption = LORA_RANK,
+    dora: DoraOption = Dora.direction,
+    output_format: FormatOption = Format.lora,
+    naming: NamingOption = Naming.keep,
+    dtype: DTypeOption = DType.keep,
+    report_file: Annotated[Path | None, typer.Option("--report", help="Write what became of each as JSON.")] = None,
+    device: DeviceOption = Device.auto,
+    fast: FastOption = False,
+    cache: CacheOption = True,
+) -> None:
+    """Move a whole library of adapters; interrupted, it goes on where it was. Status 1 if any adapter failed."""
+    from .migration import Options, plan_folder, plan_manifest
+    from .migration import migrate as run
+    from .tensorfile import check_output, write_bytes
+
+    options = Options(
+        method.value, rank, lora_rank, threshold, matching.value, dora.value, output_format.value, naming.value,
+        dtype.value, fast,
+    )  # fmt: skip
+    if manifest and not source and not target:
+        tasks = plan_manifest(manifest, folder, options, output)
+    elif source and target and not manifest:
+        tasks = plan_folder(folder, source, target, options, output)
+    else:
+        fix = "give --source and --target, or --manifest"
+        raise OptionError("the bases are missing, or given twice", "see --source, --target, --manifest", fix)
+    if report_file:
+        check_output(report_file, [Path(task.adapter) for task in tasks])
+    with bar("migrating") as progress:
+        summary = run(
+            tasks,
+            output,
+            engine=_engine(device, cache),
+            run=engine.value,
+            workers=workers,
+            gpu_share=gpu_share,
+            resume=resume,
+            progress=progress,
+        )
+    if report_file:
+        write_bytes(report_file, json.dumps(summary.to_json(), indent=1).encode())
+    print_migration(summary)
+    if summary.count("failed"):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from .layers import Layer
 from .progress import Progress
 
 if TYPE_CHECKING:
+    from .migration import Summary
     from .report import TransferReport
     from .similarity import Similarity
 
@@ -63,6 +64,24 @@ def print_report(report: "TransferReport") -> None:
             break
     for warning in report.warnings:
         tell.print(f"[yellow]warning[/]: {escape(printable(warning))}")
+
+
+def print_migration(summary: "Summary") -> None:
+    """Print what became of a library of adapters: the failed ones by name, the others as numbers."""
+    counts = {status: summary.count(status) for status in ("done", "kept", "failed")}
+    seconds = [record.seconds for record in summary.records if record.status == "done"]
+    weak = [record for record in summary.records if record.warnings]
+    for record in summary.records:
+        if record.status == "failed":
+            tell.print(f"[red]failed[/]: {escape(printable(record.name))}: {escape(record.error)}")
+    say.print(", ".join(f"{count} {status}" for status, count in counts.items()) + f" of {len(summary.records)}")
+    if seconds:
+        shares = [sum(part) / max(sum(map(sum, seconds)), 1e-9) for part in zip(*seconds, strict=True)]
+        words = zip(("reading", "moving", "writing"), shares, strict=True)
+        say.print(", ".join(f"{name} {share:.0%}" for name, share in words) + " of the time")
+    if weak:
+        tell.print(f"[yellow]warning[/]: {len(weak)} with a warning, such as {escape(printable(weak[0].name))}:")
+        tell.print(escape(printable(weak[0].warnings[0])))
 
 
 def _mean(values: list[float]) -> str:

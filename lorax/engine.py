@@ -16,7 +16,7 @@ from .cache import Cache
 from .linalg import Subspace, decompose, leading_subspace
 from .version import __version__
 
-# Part of every key of the cache: a new number where the same weight would give other subspaces or scores.
+# A new number where the same weight would give other subspaces or scores.
 ENGINE = 1
 # More readers than this gain nothing: the weights come from one disk.
 READERS = 4
@@ -47,6 +47,11 @@ class Engine:
     def subspace(self, base: Base, name: str, rank: int) -> Subspace:
         """Return the leading subspaces of a layer of a base, for what needs only the projectors on them."""
         return self._subspace(base, name, rank, "fast" if self.fast else "exact")
+
+    @property
+    def version(self) -> tuple[object, ...]:
+        """What decides the last bits of a result, besides the weight: part of every key of the cache."""
+        return ENGINE, torch.__version__, torch.device(self.device).type, torch.get_num_threads()
 
     def digests(self, base: Base, names: Sequence[str]) -> list[str]:
         """Return `Base.digest` of some layers, several at a time."""
@@ -88,12 +93,12 @@ class Engine:
     def _subspace(self, base: Base, name: str, rank: int, accuracy: str) -> Subspace:
         if self.cache is None:
             return _COMPUTE[accuracy](self.weight(base, name), rank)
-        key = (ENGINE, base.digest(name), rank)
+        key = (self.version, base.digest(name), rank)
         for good in dict.fromkeys(("exact", accuracy)):
             if (found := self.cache.read("subspaces", *key, good)) is not None:
-                return _unpacked(found, self.device)
+                return unpacked(found, self.device)
         space = _COMPUTE[accuracy](self.weight(base, name), rank)
-        self.cache.write(_packed(space), "subspaces", *key, accuracy)
+        self.cache.write(packed(space), "subspaces", *key, accuracy)
         return space
 
 
@@ -103,16 +108,18 @@ CPU = Engine()
 _COMPUTE = {"exact": decompose, "fast": leading_subspace}
 
 
-def _packed(space: Subspace) -> bytes:
-    """Return `m, r, n` as int32, then `U`, `S` and `Vh` in float32: in half precision an update would lose 3e-4."""
+def packed(space: Subspace) -> bytes:
+    """Return `m, r, n` as int32, then `U`, `S` and `Vh` in float32; in float16 a projected update would lose 4e-4."""
     sizes = torch.tensor([space.U.shape[0], space.rank, space.Vh.shape[1]], dtype=torch.int32)
     return b"".join(part.detach().cpu().numpy().tobytes() for part in (sizes, space.U, space.S, space.Vh))
 
 
-def _unpacked(content: memoryview, device: str) -> Subspace:
+def unpacked(content: memoryview, device: str) -> Subspace:
+    """Return the subspace of which `packed` made these bytes."""
     m, r, n = np.frombuffer(content, np.int32, 3).tolist()
-    numbers = torch.from_numpy(np.frombuffer(content, np.float32, offset=12)).to(device)
-    U, S, Vh = numbers.split([m * r, r, r * n])
+    parts = np.split(np.frombuffer(content, np.float32, offset=12), [m * r, m * r + r])
+    # Copied to where torch puts its tensors: products with a vector round by the alignment of the data.
+    U, S, Vh = (torch.tensor(part, device=device) for part in parts)
     return Subspace(U.view(m, r), S, Vh.view(r, n))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Base
-from .engine import CPU, ENGINE, Engine
+from .engine import CPU, Engine
 from .errors import MismatchError, OptionError
 from .layers import Layer
 from .linalg import Subspace, decompose, gram
@@ -246,7 +246,11 @@ def score_layers(
     key: list[object] = []
     if engine.cache is not None:
         names = [layer.name for layer in sources], [layer.name for layer in targets]
-        key = [ENGINE, rank, *(engine.digests(base, of) for base, of in zip((source, target), names, strict=True))]
+        key = [
+            engine.version,
+            rank,
+            *(engine.digests(base, of) for base, of in zip((source, target), names, strict=True)),
+        ]
         if (found := engine.cache.read("scores", *key)) is not None:
             values = [Score(*score) for score in np.frombuffer(found).reshape(-1, 2).tolist()]
             return dict(zip(pairs, zip(values[::2], values[1::2], strict=True), strict=True))

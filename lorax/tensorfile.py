@@ -5,6 +5,7 @@ torch is imported when a tensor is asked for: a header alone is read at once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .errors import FileError, OutputError
@@ -96,15 +96,19 @@ class TensorFile:
             raise FileError("a weight of a dtype that is not read", got, f"store it as one of {', '.join(DTYPES)}")
         start, stop = rows or (0, entry.shape[0] if entry.shape else 1)
         row = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
-        try:
-            content = np.fromfile(self.path, np.uint8, (stop - start) * row, offset=entry.offset + start * row)
-        except OSError as error:
-            raise FileError("cannot read a tensor", f"{key} in {self.path}: {error.strerror}", ADVICE) from error
-        if content.size != (stop - start) * row:
-            raise FileError("the file was cut short", f"{key} in {self.path}", ADVICE)
         dtype: torch.dtype = getattr(torch, name)
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        return torch.from_numpy(content).view(dtype).reshape(shape) if content.size else torch.empty(shape, dtype=dtype)
+        # Read to where torch puts its tensors: products with a vector round by the alignment of the data.
+        content = torch.empty((stop - start) * row, dtype=torch.uint8)
+        try:
+            with self.path.open("rb") as handle:
+                handle.seek(entry.offset + start * row)
+                count = handle.readinto(content.numpy().data) if content.numel() else 0
+        except OSError as error:
+            raise FileError("cannot read a tensor", f"{key} in {self.path}: {error.strerror}", ADVICE) from error
+        if count != content.numel():
+            raise FileError("the file was cut short", f"{key} in {self.path}", ADVICE)
+        return content.view(dtype).reshape(shape) if content.numel() else torch.empty(shape, dtype=dtype)
 
 
 def _natural(key: str) -> list[str | int]:
@@ -149,6 +153,15 @@ def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
     if not os.access(out.parent, os.W_OK):
         raise OutputError("the output's folder cannot be written", str(out.parent), "choose another folder")
     return out
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex; empty where it cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: bool = True) -> None:

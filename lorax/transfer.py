@@ -83,7 +83,8 @@ def transfer_adapter(
     adapter = adapter.resolved(source)
     _check_belongs(adapter, source, target)
     with engine.remembering(source, target):
-        if similarity is not None and similarity.identities != (source.identity(), target.identity()):
+        identities = source.identity(), target.identity()
+        if similarity is not None and similarity.identities != identities:
             got = f"it compared {similarity.source} and {similarity.target}"
             raise MismatchError("the similarity is of other bases", got, "compare source and target of this transfer")
         known = known_scores(similarity)
@@ -122,7 +123,9 @@ def transfer_adapter(
         **adapter.metadata,
         "lorax_version": __version__,
         "lorax_source": source.name,
+        "lorax_source_identity": identities[0],
         "lorax_target": target.name,
+        "lorax_target_identity": identities[1],
         "lorax_method": method,
         "lorax_rank": str(rank),
         "lorax_threshold": f"{threshold:g}",

@@ -1,0 +1,9 @@
+"""Moving a whole library of adapters to another base: a job that survives interruption, bad files and dead workers."""
+
+from .job import Options as Options
+from .job import Task as Task
+from .job import plan_folder as plan_folder
+from .job import plan_manifest as plan_manifest
+from .run import Summary as Summary
+from .run import migrate as migrate
+from .work import Record as Record

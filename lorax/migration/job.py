@@ -1,0 +1,165 @@
+"""What a migration is to do, as plain data: one task for each adapter and target."""
+
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePath
+from typing import Any, cast, get_args
+
+from ..errors import FormatError, OptionError
+from ..options import DORA, FORMATS, LORA_RANK, MATCHINGS, METHODS, NAMINGS, THRESHOLD
+
+DTYPES = ("keep", "float32", "float16", "bfloat16")
+CHOICES = {
+    "method": METHODS,
+    "matching": MATCHINGS,
+    "dora": DORA,
+    "format": FORMATS,
+    "naming": NAMINGS,
+    "dtype": DTYPES,
+}
+MANIFEST = 'a [[move]] has adapters = "pattern", source = "file", target = "file", and options of a transfer'
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of `lorax.transfer_adapter` and `lorax.save_adapter`, by the names of the command line."""
+
+    method: str = "auto"
+    rank: int | None = None
+    lora_rank: int = LORA_RANK
+    threshold: float = THRESHOLD
+    matching: str = "auto"
+    dora: str = "direction"
+    format: str = "lora"
+    naming: str = "keep"
+    dtype: str = "keep"
+    fast: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One adapter to be moved.
+
+    Attributes:
+        adapter: The file to read.
+        name: What reports call it: its path below the folder of the job.
+        output: Where the result goes, below the output folder; no two tasks of a job share it.
+        source: The base that it was made for, a file or folder.
+        target: The base that it shall work on.
+        options: How it is moved.
+    """
+
+    adapter: str
+    name: str
+    output: str
+    source: str
+    target: str
+    options: Options = Options()
+
+
+def plan_folder(folder: Path, source: Path, target: Path, options: Options, without: Path | None = None) -> list[Task]:
+    """Return a task for every safetensors file below a folder, in the order of their names.
+
+    Args:
+        folder: Where the adapters are; links to folders are not followed.
+        source: The base that they were made for.
+        target: The base that they shall work on.
+        options: How they are moved.
+        without: A folder (of outputs) whose files are not adapters to move.
+
+    Raises:
+        FormatError: There is none.
+    """
+    found = _below(folder, "**/*.safetensors", [source, target], without)
+    if not found:
+        raise FormatError("no adapter to migrate", f"no safetensors file below {folder}", "give another folder")
+    return _named([_task(folder, file, source, target, options) for file in found])
+
+
+def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path | None = None) -> list[Task]:
+    """Return the tasks that a manifest describes: TOML, a list of `[[move]]`.
+
+    A move has `adapters`, a file or a pattern below the folder; `source` and `target`, relative to the manifest; and
+    options of a transfer by their names, for those that differ from `options`.
+
+    Raises:
+        FormatError: It is no manifest, or a pattern finds nothing.
+        OptionError: A move has an option that does not exist or is of the wrong type.
+    """
+    try:
+        moves: Any = tomllib.loads(manifest.read_text(encoding="utf-8")).get("move")
+    except (OSError, ValueError) as error:
+        raise FormatError("not a manifest", f"{manifest}: {error}", MANIFEST) from error
+    if not isinstance(moves, list) or not moves:
+        raise FormatError("not a manifest", f"{manifest} has no [[move]]", MANIFEST)
+    tasks: list[Task] = []
+    for number, move in enumerate(cast("list[Any]", moves), 1):
+        place = f"{manifest}, move {number}"
+        given: dict[str, Any] = dict(cast("dict[str, Any]", move)) if isinstance(move, dict) else {}
+        paths = [given.pop(key, None) for key in ("adapters", "source", "target")]
+        if not all(isinstance(path, str) and path for path in paths):
+            raise FormatError("not a manifest", f"{place} lacks adapters, source or target", MANIFEST)
+        pattern, source, target = str(paths[0]), *(manifest.parent / str(path) for path in paths[1:])
+        if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
+            raise FormatError("a pattern leads out of the folder", f"{place}: {pattern}", "give one below the folder")
+        found = _below(folder, pattern, [source, target], without)
+        if not found:
+            raise FormatError("a pattern finds no adapter", f"{place}: {pattern} below {folder}", "check the pattern")
+        changed = replace(options, **_options(given, place))
+        tasks += [_task(folder, file, source, target, changed) for file in found]
+    return _named(tasks)
+
+
+def check_options(options: Options) -> None:
+    """Refuse a choice that does not exist, before any work is done.
+
+    Raises:
+        OptionError: There is one.
+    """
+    for name, choices in CHOICES.items():
+        if (given := getattr(options, name)) not in choices:
+            raise OptionError(f"unknown {name}", str(given), f"choose one of {', '.join(choices)}")
+
+
+def _options(given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    known = {field.name: field.type for field in fields(Options)}
+    for name, value in given.items():
+        if name not in known:
+            raise OptionError("an option that does not exist", f"{place}: {name}", f"known are {', '.join(known)}")
+        wanted: Any = get_args(known[name]) or (known[name],)
+        if type(value) not in wanted and not (float in wanted and type(value) is int):
+            raise OptionError("an option of the wrong type", f"{place}: {name} = {value!r}", "see lorax migrate --help")
+    return dict(given)
+
+
+def _below(folder: Path, pattern: str, bases: list[Path], without: Path | None) -> list[Path]:
+    given = [base.resolve() for base in bases]
+    files = [file for file in folder.glob(pattern) if file.suffix == ".safetensors" and file.is_file()]
+    if without is not None:
+        files = [file for file in files if not file.resolve().is_relative_to(without.resolve())]
+    return sorted(file for file in files if not any(file.resolve().is_relative_to(base) for base in given))
+
+
+def _task(folder: Path, file: Path, source: Path, target: Path, options: Options) -> Task:
+    check_options(options)
+    name = file.relative_to(folder).as_posix()
+    return Task(str(file), name, name, str(source), str(target), options)
+
+
+def _named(tasks: Iterable[Task]) -> list[Task]:
+    """Give each task an output of its own: an adapter that goes to several targets gets their names."""
+    tasks = list(dict.fromkeys(tasks))
+    often = Counter(task.name for task in tasks)
+    named = [task if often[task.name] == 1 else replace(task, output=_with_target(task)) for task in tasks]
+    for output, count in Counter(task.output for task in named).items():
+        if count > 1:
+            fix = "let each adapter go to a target once; make a second migration for other options"
+            raise OptionError("two moves of the manifest give one output", output, fix)
+    return named
+
+
+def _with_target(task: Task) -> str:
+    path = PurePath(task.name)
+    return path.with_name(f"{path.stem}.{PurePath(task.target).stem}{path.suffix}").as_posix()

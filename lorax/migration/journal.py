@@ -1,0 +1,88 @@
+"""What a migration has done so far: a line of JSON for each finished task, in a file beside the results."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import OutputError
+from .work import Record
+
+JOURNAL = "lorax-migration.jsonl"
+
+
+class Journal:
+    """The journal of an output folder; one process at a time has it, and a dead one does not hold it.
+
+    Attributes:
+        records: The last record of each output, by output.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool) -> None:
+        """Open it, or make a new one.
+
+        Args:
+            folder: The output folder; it is made where it is missing.
+            resume: Go on with the migration that is there.
+
+        Raises:
+            OutputError: Another process has it, it is there without `resume`, or it cannot be written.
+        """
+        self.path = folder / JOURNAL
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / f".{JOURNAL}.lock", timeout=0)
+            self._lock.acquire()
+            if self.path.exists() and not resume:
+                fix = "add --resume to go on with it, or choose another folder"
+                raise OutputError("the output folder holds a migration already", str(folder), fix)
+            self.records = self._read()
+            for left in folder.rglob(".*.safetensors.*.part"):  # by a process that was killed
+                left.unlink(missing_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+                self._file.write("\n")
+        except Timeout as error:
+            fix = "wait for it, or choose another output folder"
+            raise OutputError("another process is migrating into this folder", str(folder), fix) from error
+        except OSError as error:
+            self._lock.release()
+            fix = "choose another output folder"
+            raise OutputError("cannot write the journal", f"{self.path}: {error.strerror}", fix) from error
+        except OutputError:
+            self._lock.release()
+            raise
+
+    def add(self, record: Record) -> None:
+        """Write a record; when this returns it outlives a loss of power.
+
+        Raises:
+            OutputError: The disk is full.
+        """
+        self.records[record.output] = record
+        try:
+            self._file.write(json.dumps(asdict(record)) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            fix = "free space and go on with --resume"
+            raise OutputError("cannot write the journal", f"{self.path}: {error.strerror}", fix) from error
+
+    def close(self) -> None:
+        """Let the next process have it."""
+        self._file.close()
+        self._lock.release()
+
+    def _read(self) -> dict[str, Record]:
+        """Read what is there; a line that was cut off, or is not ours, counts as not written."""
+        records: dict[str, Record] = {}
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                record = Record(**json.loads(line))
+            except (ValueError, TypeError):
+                continue
+            records[record.output] = record
+        return records

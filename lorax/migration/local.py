@@ -1,0 +1,102 @@
+"""A migration in a pool of processes on this machine."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..cache import open_cache
+from ..engine import Engine
+from .job import Options, Task
+from .work import Record, move
+
+# What a process needs for itself and the comparison of two bases (measured: 1.9 GB for SDXL), and for each byte of an
+# adapter: the file, its layers, the result and its bytes.
+PROCESS_BYTES = 2 * 2**30
+ADAPTER_COPIES = 5
+
+
+def fitting_workers(tasks: Sequence[Task], wanted: int | None) -> int:
+    """Return how many processes to use: as many as asked for or as there are cores, within the memory that is free."""
+    largest = max((Path(task.adapter).stat().st_size for task in tasks), default=0)
+    room = psutil.virtual_memory().available // (PROCESS_BYTES + ADAPTER_COPIES * largest)
+    return max(1, min(wanted or os.cpu_count() or 1, int(room), len(tasks)))
+
+
+def run_local(
+    tasks: Sequence[Task], folder: Path, previous: Mapping[str, Record], workers: int, engine: Engine
+) -> Iterator[Record]:
+    """Yield the record of every task as it comes.
+
+    The largest adapter of each pair of bases goes first, so that the others find their subspaces in the cache. When a
+    process dies (killed, out of memory), the tasks that ran then are tried once more, each alone.
+
+    Args:
+        tasks: What to do.
+        folder: The output folder.
+        previous: What an earlier migration wrote, by output.
+        workers: How many processes.
+        engine: How and where to compute; each process opens the cache of the user if it has one.
+    """
+    work = partial(_work, folder=str(folder), device=engine.device, cached=engine.cache is not None)
+    words = {task: (task, previous.get(task.output)) for task in tasks}
+    stages = _stages(tasks) if engine.cache is not None else [list(tasks)]
+    while any(stages):
+        suspects = yield from _in_pool(work, stages, words, workers)
+        for task in suspects:
+            if (yield from _in_pool(work, [[task]], words, 1)):
+                yield Record(task.name, task.output, "failed", "its process died twice (out of memory?)")
+
+
+def _stages(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Return the largest adapter of each pair of bases, and all others."""
+    first: dict[tuple[str, str, Options], Task] = {}
+    for task in sorted(tasks, key=lambda task: -Path(task.adapter).stat().st_size):
+        first.setdefault((task.source, task.target, task.options), task)
+    return [list(first.values()), [task for task in tasks if task not in first.values()]]
+
+
+def _in_pool(
+    work: Callable[..., Record],
+    stages: Sequence[list[Task]],
+    words: Mapping[Task, tuple[Task, Record | None]],
+    workers: int,
+) -> Generator[Record, None, list[Task]]:
+    """Do tasks, stage by stage, taking them out; return those that ran when a process died, if one did."""
+    running: dict[Future[Record], Task] = {}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start) as pool:
+        try:
+            for waiting in stages:
+                while waiting or running:
+                    while waiting and len(running) < workers:
+                        task = waiting.pop(0)
+                        running[pool.submit(work, *words[task])] = task
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        record = future.result()
+                        del running[future]
+                        yield record
+        except BrokenProcessPool:
+            return list(running.values())
+        except BaseException:  # interrupted: what is half done is not worth waiting for
+            for process in psutil.Process().children(recursive=True):
+                process.terminate()
+            raise
+    return []
+
+
+def _start() -> None:
+    # One thread each, for any number of processes: the last bits of a result depend on the number of threads.
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _work(task: Task, previous: Record | None, folder: str, device: str, cached: bool) -> Record:
+    engine = Engine(device, task.options.fast, open_cache() if cached else None)
+    return move(task, folder, previous, lambda _source, _target: engine)

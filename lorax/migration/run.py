@@ -1,0 +1,107 @@
+"""Running a migration from its tasks to its summary."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..engine import CPU, Engine
+from ..errors import OptionError
+from ..progress import Progress, silent
+from ..version import __version__
+from .job import Task
+from .journal import Journal
+from .work import Record
+
+ENGINES = ("local", "ray")
+
+
+@dataclass(slots=True)
+class Summary:
+    """The end of a migration.
+
+    Attributes:
+        records: What became of each task, in the order of the tasks.
+    """
+
+    records: list[Record] = field(default_factory=list[Record])
+
+    def count(self, status: str) -> int:
+        """Return how many tasks have a status."""
+        return sum(record.status == status for record in self.records)
+
+    def to_json(self) -> dict[str, object]:
+        """Return it as plain data."""
+        return {
+            "schema": "lorax-migration",
+            "schema_version": 1,
+            "lorax_version": __version__,
+            "records": [asdict(record) for record in self.records],
+        }
+
+
+def migrate(
+    tasks: Sequence[Task],
+    output: Path,
+    *,
+    engine: Engine = CPU,
+    run: str = "local",
+    workers: int | None = None,
+    gpu_share: float = 0.0,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Summary:
+    """Move every adapter of a job.
+
+    The same tasks and bases give byte-identical results on either engine, for any number of workers, in one go or in
+    several.
+
+    Args:
+        tasks: What to do; see `plan_folder` and `plan_manifest`.
+        output: The folder of the results and of the journal; it is made where it is missing.
+        engine: How and where to compute.
+        run: `local`: a pool of processes on this machine. `ray`: a Ray cluster, or one made for the job.
+        workers: How many processes; None: one for each core, within the memory.
+        gpu_share: On Ray, the share of a GPU that a task takes.
+        resume: Go on with the migration that the output folder holds: what is done and unchanged is kept.
+        progress: Called with (done, total, adapter).
+
+    Returns:
+        What became of every task.
+
+    Raises:
+        OptionError: An option is unknown or out of range.
+        OutputError: The output folder is in use, holds a migration without `resume`, or cannot be written.
+    """
+    if run not in ENGINES:
+        raise OptionError("unknown engine", run, f"choose one of {', '.join(ENGINES)}")
+    if workers is not None and workers < 1:
+        raise OptionError("too few workers", str(workers), "give a number from 1")
+    journal = Journal(output, resume=resume)
+    try:
+        found: dict[str, Record] = {}
+        for record in _records(run, tasks, output, journal, workers, engine, gpu_share):
+            if record.status != "kept":
+                journal.add(record)
+            found[record.output] = record
+            progress(len(found), len(tasks), record.name)
+    finally:
+        journal.close()
+    return Summary([found[task.output] for task in tasks])
+
+
+def _records(
+    run: str,
+    tasks: Sequence[Task],
+    output: Path,
+    journal: Journal,
+    workers: int | None,
+    engine: Engine,
+    gpu_share: float,
+) -> Iterator[Record]:
+    if run == "ray":
+        from .cluster import run_ray
+
+        return run_ray(tasks, output, journal.records, workers, engine, gpu_share)
+    from .local import fitting_workers, run_local
+
+    return run_local(tasks, output, journal.records, fitting_workers(tasks, workers), engine)

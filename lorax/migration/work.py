@@ -1,0 +1,139 @@
+"""One task of a migration, in whichever process it runs."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from ..adapters import load_adapter, save_adapter
+from ..base import Base, open_base
+from ..engine import Engine
+from ..errors import LoraxError, OutputError, printable
+from ..tensorfile import file_hash
+from ..transfer import transfer_adapter
+from ..version import __version__
+from .job import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What became of a task: a line of the journal.
+
+    Attributes:
+        name: The adapter, as `Task.name`.
+        output: The result, as `Task.output`.
+        status: `done`, `kept` (it was done before, and is unchanged) or `failed`.
+        error: Why it failed.
+        input_hash: SHA-256 of the adapter.
+        output_hash: SHA-256 of the result.
+        work: Names all else that decides the result: the bases, the options, the version.
+        layers: Layers (norms and biases too) of the adapter.
+        arrived: How many of them got to the target.
+        retained: Share of the update's norm that is kept.
+        warnings: What the report warns of.
+        seconds: How long reading, moving and writing took.
+    """
+
+    name: str
+    output: str
+    status: str
+    error: str = ""
+    input_hash: str = ""
+    output_hash: str = ""
+    work: str = ""
+    layers: int = 0
+    arrived: int = 0
+    retained: float | None = None
+    warnings: list[str] = field(default_factory=list[str])
+    seconds: list[float] = field(default_factory=list[float])
+
+
+def move(task: Task, folder: str, previous: Record | None, engine: Callable[[Base, Base], Engine]) -> Record:
+    """Do a task, or find that it is done.
+
+    Args:
+        task: The task.
+        folder: The output folder.
+        previous: What an earlier migration wrote of it.
+        engine: Returns the engine for two bases.
+
+    Returns:
+        Its record. Whatever is wrong with a file is in it and raised nowhere.
+    """
+    try:
+        return _move(task, Path(folder), previous, engine)
+    except LoraxError as error:
+        return Record(task.name, task.output, "failed", str(error))
+    except Exception as error:  # a job of hundreds of files goes on, and says what it did not expect
+        return Record(task.name, task.output, "failed", printable(f"unexpected {type(error).__name__}: {error}"))
+
+
+def _move(task: Task, folder: Path, previous: Record | None, engine: Callable[[Base, Base], Engine]) -> Record:
+    source, target = opened(task.source), opened(task.target)
+    path = _inside(folder, task.output)
+    options = task.options
+    work = [__version__, source.identity(), target.identity(), asdict(options)]
+    key = hashlib.sha256(json.dumps(work).encode()).hexdigest()
+    start = time.perf_counter()
+    given = file_hash(Path(task.adapter))
+    done = previous is not None and previous.status != "failed" and (previous.input_hash, previous.work) == (given, key)
+    if previous is not None and done and file_hash(path) == previous.output_hash:
+        return replace(previous, status="kept")
+    adapter = load_adapter(task.adapter, source)
+    read = time.perf_counter()
+    moved, report = transfer_adapter(
+        adapter,
+        source,
+        target,
+        method=options.method,
+        rank=options.rank,
+        lora_rank=options.lora_rank,
+        threshold=options.threshold,
+        matching=options.matching,
+        dora=options.dora,
+        output_format=options.format,
+        dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
+        engine=engine(source, target),
+    )
+    transferred = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_adapter(moved, _inside(folder, task.output), naming=options.naming, inputs=[Path(task.adapter)])
+    written = file_hash(path)
+    times = [round(value, 4) for value in (read - start, transferred - read, time.perf_counter() - transferred)]
+    share = report.retained_energy
+    return Record(
+        task.name,
+        task.output,
+        "done",
+        input_hash=given,
+        output_hash=written,
+        work=key,
+        layers=len(report.rows),
+        arrived=report.arrived,
+        retained=share if share == share else None,
+        warnings=report.warnings,
+        seconds=times,
+    )
+
+
+@lru_cache(maxsize=4)
+def opened(path: str) -> Base:
+    """Open a base once in a process."""
+    return open_base(path)
+
+
+def _inside(folder: Path, output: str) -> Path:
+    """Return the path of an output, after refusing one that leads out of the folder, through links too.
+
+    Raises:
+        OutputError: It does.
+    """
+    path = folder / output
+    if not path.parent.resolve().is_relative_to(folder.resolve()) or path.is_symlink():
+        raise OutputError("an output leads out of its folder", str(path), "remove the link in the output folder")
+    return path

@@ -1,0 +1,355 @@
+"""Migrations: the same bytes however they run, and nothing lost, doubled or damaged by what goes wrong on the way."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lorax import (
+    FormatError,
+    LoraxError,
+    OptionError,
+    OutputError,
+    load_adapter,
+    open_base,
+    save_adapter,
+    transfer_adapter,
+)
+from lorax.cache import Cache
+from lorax.engine import Engine
+from lorax.migration import Options, migrate, plan_folder, plan_manifest
+from lorax.migration.job import Task
+from lorax.migration.journal import JOURNAL
+from lorax.migration.local import _in_pool, fitting_workers
+from tests.conftest import lora_tensors
+from tests.test_cli import error_of, run  # noqa: F401 - a fixture
+
+BROKEN = {"broken/cut.safetensors", "broken/text.safetensors", "broken/base.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def library(bases, tmp_path_factory):
+    """Adapters of several ranks in several folders, and files that are none."""
+    folder = tmp_path_factory.mktemp("library")
+    for i, (name, rank) in enumerate((("a", 4), ("b", 8), ("styles/a", 2), ("styles/deep/c", 16), ("d é", 1))):
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(lora_tensors(bases[0], rank, seed=i), path, {"ss_tag_frequency": name})
+    (folder / "broken").mkdir()
+    (folder / "broken" / "cut.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-100])
+    (folder / "broken" / "text.safetensors").write_text("not an adapter")
+    save_file({"unet.x.weight": torch.zeros(2, 2)}, folder / "broken" / "base.safetensors")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tasks(library, bases):
+    return plan_folder(library, bases[0].files[0], bases[1].files[0], Options(method="project", rank=20))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and JOURNAL not in path.name
+    }
+
+
+@pytest.fixture
+def expected(library, bases, tmp_path):
+    """What the transfer of each file by itself gives."""
+    folder = tmp_path / "expected"
+    for path in sorted(library.rglob("*.safetensors")):
+        name = path.relative_to(library)
+        if name.as_posix() not in BROKEN:
+            adapter = load_adapter(path, bases[0])
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            save_adapter(transfer_adapter(adapter, *bases, method="project", rank=20)[0], folder / name)
+    return contents(folder)
+
+
+@pytest.mark.parametrize(
+    ("engine", "workers", "cached"), [("local", 1, False), ("local", 2, True), ("ray", 1, True), ("ray", 2, False)]
+)
+def test_the_same_bytes_on_any_engine_with_any_number_of_workers(tasks, expected, tmp_path, engine, workers, cached):
+    seen = []
+    summary = migrate(
+        tasks,
+        tmp_path / "out",
+        run=engine,
+        workers=workers,
+        engine=Engine(cache=Cache() if cached else None),
+        progress=lambda done, total, name: seen.append((done, total)),
+    )
+    assert contents(tmp_path / "out") == expected
+    assert {record.name for record in summary.records if record.status == "failed"} == BROKEN
+    assert [record.name for record in summary.records] == [task.name for task in tasks]
+    assert seen == [(i, len(tasks)) for i in range(1, len(tasks) + 1)]
+    assert (tmp_path / "cache").exists() == cached
+
+
+def test_what_is_in_a_result_and_its_record(tasks, tmp_path):
+    summary = migrate(tasks, tmp_path / "out", workers=1)
+    record = next(record for record in summary.records if record.name == "styles/a.safetensors")
+    assert (record.status, record.arrived, record.layers) == ("done", record.layers, record.layers)
+    with safe_open(tmp_path / "out" / record.output, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_tag_frequency"] == "styles/a"
+    assert metadata["lorax_rank"] == "20"
+    assert metadata["lorax_source_identity"] == open_base(tasks[0].source).identity()
+    assert metadata["lorax_target_identity"] == open_base(tasks[0].target).identity()
+    json.dumps(summary.to_json(), allow_nan=False)
+
+
+def test_resume_does_only_what_is_missing_or_changed(tasks, library, tmp_path):
+    out = tmp_path / "out"
+    migrate(tasks, out, workers=1)
+    before = contents(out)
+    with pytest.raises(OutputError, match="--resume"):
+        migrate(tasks, out)
+    again = migrate(tasks, out, workers=1, resume=True)
+    assert {record.status for record in again.records} == {"kept", "failed"}
+    (out / "a.safetensors").unlink()
+    (out / "b.safetensors").write_bytes(b"damaged")
+    state = (out / "styles/a.safetensors").stat()
+    again = migrate(tasks, out, workers=1, resume=True)
+    assert {record.name for record in again.records if record.status == "done"} == {"a.safetensors", "b.safetensors"}
+    assert contents(out) == before
+    assert (out / "styles/a.safetensors").stat().st_mtime_ns == state.st_mtime_ns
+    other = [replace(task, options=replace(task.options, method="copy")) for task in tasks]
+    again = migrate(other, out, workers=1, resume=True)
+    assert sum(record.status == "done" for record in again.records) == len(before)
+
+
+COMMAND = [sys.executable, "-m", "lorax", "migrate"]
+
+
+def words(library, bases, out, *more):
+    given = [library, "--source", bases[0].files[0], "--target", bases[1].files[0], "-o", out]
+    return [*COMMAND, *map(str, given), "--method", "project", "--rank", "20", "--workers", "2", *more]
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_killed_and_resumed(library, bases, tmp_path, expected, files):
+    """SIGKILL of the whole process group once so many results are there."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(words(library, bases, out), start_new_session=True, stderr=subprocess.PIPE)
+    while process.poll() is None and (not out.exists() or len(contents(out)) < files):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = (
+        {name: content for name, content in contents(out).items() if not name.endswith(".part")} if out.exists() else {}
+    )
+    assert done.items() <= expected.items()
+    end = subprocess.run(words(library, bases, out, "--resume"), capture_output=True, text=True, check=False)
+    assert (end.returncode, end.stderr.count("failed")) == (1, len(BROKEN)), end.stderr
+    assert contents(out) == expected
+    lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines() if line.endswith("}")]
+    outputs = [line["output"] for line in lines if line["status"] == "done"]
+    assert sorted(outputs) == sorted(set(outputs)) == sorted(expected)
+
+
+@pytest.mark.parametrize("cut", [1, 500])
+def test_a_journal_that_was_cut_short(tasks, tmp_path, expected, cut):
+    out = tmp_path / "out"
+    migrate(tasks, out, workers=1)
+    journal = out / JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    migrate(tasks, out, workers=1, resume=True)
+    assert contents(out) == expected
+    summary = migrate(tasks, out, workers=1, resume=True)
+    assert sum(record.status == "kept" for record in summary.records) == len(expected)
+
+
+def test_a_killed_worker_costs_nothing(library, bases, tmp_path, expected):
+    out = tmp_path / "out"
+    process = subprocess.Popen(words(library, bases, out), stderr=subprocess.PIPE)
+    killed = 0
+    while process.poll() is None and not killed:
+        time.sleep(0.02)
+        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+            if "spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > 0.5:
+                child.kill()
+                killed += 1
+                break
+    assert killed
+    assert process.wait(timeout=120) == 1
+    assert contents(out) == expected
+
+
+DEADLY = """
+import os
+from lorax.migration import Record
+def work(task, previous):
+    if task.name == "poison":
+        os._exit(9)
+    return Record(task.name, task.output, "done")
+"""
+
+
+def test_what_kills_its_process_is_told_from_what_ran_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    monkeypatch.syspath_prepend(tmp_path)
+    work = import_module("deadly").work
+    tasks = [Task("", name, name, "", "") for name in ("good", "poison", "better")]
+    pool = _in_pool(work, [list(tasks)], {task: (task, None) for task in tasks}, 1)
+    found, left = [], None
+    while left is None:
+        try:
+            found.append(next(pool).name)
+        except StopIteration as end:
+            left = [task.name for task in end.value]
+    assert (found, left) == (["good"], ["poison"])
+
+
+def test_workers_fit_the_memory(tasks, monkeypatch):
+    free = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=5 * 2**30))
+    assert fitting_workers(tasks, 64) == 2
+    assert fitting_workers(tasks, 1) == 1
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=2**20))
+    assert fitting_workers(tasks, None) == 1
+
+
+def test_one_process_at_a_time(library, bases, tasks, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(words(library, bases, out), start_new_session=True, stderr=subprocess.PIPE)
+    while process.poll() is None and not (out / JOURNAL).exists():
+        time.sleep(0.01)
+    with pytest.raises(OutputError, match="another process"):
+        migrate(tasks, out, resume=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_full_disk(library, bases, tmp_path, expected):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    out = tmp_path / "out"
+    environment = os.environ | {"LORAX_CACHE": "off"}
+    end = subprocess.run(
+        words(library, bases, out), preexec_fn=limit, env=environment, capture_output=True, text=True, check=False
+    )
+    assert end.returncode == 1
+    assert "cannot write the output" in end.stderr
+    assert "Traceback" not in end.stderr
+    assert contents(out).items() <= expected.items()
+    subprocess.run(words(library, bases, out, "--resume"), capture_output=True, check=False)
+    assert contents(out) == expected
+
+
+def test_no_output_through_a_link(tasks, tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (out / "styles").symlink_to(elsewhere)
+    (out / "a.safetensors").symlink_to(elsewhere / "a.safetensors")
+    summary = migrate(tasks, out, workers=1)
+    failed = {record.name: record.error for record in summary.records if record.status == "failed"}
+    assert failed.keys() - BROKEN == {"a.safetensors", "styles/a.safetensors", "styles/deep/c.safetensors"}
+    assert "leads out of its folder" in failed["a.safetensors"]
+    assert list(elsewhere.iterdir()) == []
+
+
+def manifest(folder: Path, text: str) -> Path:
+    path = folder / "moves.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_manifest_of_several_targets(library, bases, tmp_path):
+    source, target = bases[0].files[0], bases[1].files[0]
+    path = manifest(
+        tmp_path,
+        f"""
+[[move]]
+adapters = "styles/**/*.safetensors"
+source = "{source}"
+target = "{target}"
+method = "project"
+threshold = 0
+[[move]]
+adapters = "*/a.safetensors"
+source = "{target}"
+target = "{source}"
+""",
+    )
+    tasks = plan_manifest(path, library, Options(rank=20))
+    assert [(task.output, task.options.method, task.options.rank) for task in tasks] == [
+        (f"styles/a.{target.stem}.safetensors", "project", 20),
+        ("styles/deep/c.safetensors", "project", 20),
+        (f"styles/a.{source.stem}.safetensors", "auto", 20),
+    ]
+    summary = migrate(tasks, tmp_path / "out", workers=1)
+    assert {record.status for record in summary.records} == {"done"}
+
+
+MOVE = 'adapters = "a.safetensors"\nsource = "s"\ntarget = "t"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no \\[\\[move"),
+        ("move = 3", "no \\[\\[move"),
+        ("[[move]\n", "not a manifest"),
+        ("[[move]]\nadapters = 'x'", "move 1 lacks"),
+        ("move = [1]", "move 1 lacks"),
+        (f"[[move]]\n{MOVE}colour = 3", "colour"),
+        (f"[[move]]\n{MOVE}rank = 'high'", "rank = 'high'"),
+        (f"[[move]]\n{MOVE}fast = 1", "fast = 1"),
+        (f"[[move]]\n{MOVE}method = 'magic'", "magic"),
+        (f"[[move]]\n{MOVE}[[move]]\n{MOVE}method = 'copy'", "give one output"),
+        ("[[move]]\nadapters = '../x'\nsource = 's'\ntarget = 't'", "leads out"),
+        ("[[move]]\nadapters = '/etc/*'\nsource = 's'\ntarget = 't'", "leads out"),
+        ("[[move]]\nadapters = 'none*'\nsource = 's'\ntarget = 't'", "finds no adapter"),
+        ("\x00", "not a manifest"),
+    ],
+)
+def test_what_a_manifest_cannot_be(library, tmp_path, text, message):
+    with pytest.raises(LoraxError, match=message):
+        plan_manifest(manifest(tmp_path, text), library, Options())
+
+
+def test_no_adapters_and_bases_and_results_are_none(library, bases, tmp_path):
+    with pytest.raises(FormatError, match="no adapter to migrate"):
+        plan_folder(tmp_path, bases[0].files[0], bases[1].files[0], Options())
+    out = tmp_path / "out"
+    out.mkdir()
+    base, adapter = tmp_path / "base.safetensors", tmp_path / "a.safetensors"
+    for path in (base, adapter, out / "a.safetensors"):
+        path.write_bytes((library / "a.safetensors").read_bytes())
+    assert [task.name for task in plan_folder(tmp_path, base, bases[1].files[0], Options(), out)] == ["a.safetensors"]
+
+
+def test_command_line(run, library, bases, tmp_path):  # noqa: F811
+    out, err = run(*words(library, bases, tmp_path / "out", "--report", str(tmp_path / "r.json"))[3:], status=1)
+    assert "5 done, 0 kept, 3 failed of 8" in out
+    assert err.count("failed: broken/") == 3
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [record["status"] for record in report["records"]].count("done") == 5
+    assert "--manifest" in error_of(run, "migrate", library, "-o", tmp_path / "x", "--source", bases[0].files[0])
+    for more in (["--workers", "0"], ["--method", "copy", "--rank", "0"]):
+        run(*words(library, bases, tmp_path / "y", *more)[3:], status=1)
+    with pytest.raises(OptionError):
+        migrate([], tmp_path / "z", run="cloud")
