@@ -1,6 +1,7 @@
 """The page of the command line in a real browser: what it shows, how it is used, and what it does with bad data."""
 
 import json
+import signal
 import sys
 
 import jsonschema
@@ -59,8 +60,12 @@ def data(pruned):
 
 def run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["lorax", *map(str, words)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert not left.value.code
 
 
