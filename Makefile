@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint check bench install format clean
+.PHONY: help demo test test-web lint check bench install format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -12,6 +12,15 @@ demo: .venv/.cli  ## Transfer an adapter between two made base models; results i
 test: .venv/.dev  ## Run the tests, and those inside ComfyUI (its library always, a real server where one is found)
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -c tests/host/pytest.ini tests/host
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory test-web; \
+	else echo "SKIPPED: the unit tests of the views (no npm)"; fi
+
+test-web: tests/web/node_modules  ## Run the unit tests of the views (web/)
+	cd tests/web && npm test --silent
+
+tests/web/node_modules: tests/web/package-lock.json
+	cd tests/web && npm ci --silent
+	@touch $@
 
 lint: .venv/.dev  ## Format, lint, types, import boundaries
 	$(BIN)/ruff format --check .
@@ -33,7 +42,7 @@ format: .venv/.dev  ## Format the code
 	$(BIN)/ruff check --fix .
 
 clean:  ## Remove .venv and everything that was made
-	rm -rf .venv demo/out *.egg-info
+	rm -rf .venv demo/out *.egg-info tests/web/node_modules screenshots
 
 .venv/.cli: pyproject.toml
 	$(PYTHON) -m venv .venv

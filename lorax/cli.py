@@ -83,6 +83,7 @@ FastOption = Annotated[
 NamingOption = Annotated[Naming, typer.Option(help="Spelling of the layers in the result.")]
 DTypeOption = Annotated[DType, typer.Option(help="Storage of the result.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write a page to look at in a browser.")]
 CacheOption = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Take subspaces and scores from the cache, and keep new ones there.")
 ]
@@ -128,21 +129,26 @@ def similarity(
     layers: Annotated[str, typer.Option(help="'attention' or 'all'.")] = "attention",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every pair to this file.")] = None,
     png_file: Annotated[Path | None, typer.Option("--png", help="Draw the heat maps to this file.")] = None,
+    html_file: HtmlOption = None,
     device: DeviceOption = Device.auto,
     cache: CacheOption = True,
 ) -> None:
     """Compare the singular subspaces of two bases: every source layer with every target layer of its kind."""
     from .base import open_base
+    from .matching import match_bases
+    from .page import page
     from .report import similarity_json
     from .similarity import compare_bases
     from .tensorfile import write_bytes
+    from .transfer import known_scores
+    from .view import similarity_view
 
     if layers not in ("attention", "all"):
         raise OptionError("unknown choice of layers", layers, "choose attention or all")
     if rank != "full" and not rank.isdigit():
         raise OptionError("a rank is a whole number or 'full'", rank, "give for example 320")
     base_s, base_t = open_base(source), open_base(target)
-    _check_outputs([json_file, png_file], base_s, base_t)
+    _check_outputs([json_file, png_file, html_file], base_s, base_t)
     with bar("comparing") as progress:
         result = compare_bases(
             base_s,
@@ -157,6 +163,9 @@ def similarity(
         write_bytes(json_file, json.dumps(similarity_json(result)).encode())
     if png_file:
         write_bytes(png_file, png(result))
+    if html_file:
+        pairs = match_bases(base_s, base_t, known=known_scores(result), engine=_engine(device, cache))
+        write_bytes(html_file, page(similarity_view(result, base_s, base_t, pairs)).encode())
 
 
 @app.command()
@@ -182,6 +191,7 @@ def transfer(
     dtype: DTypeOption = DType.keep,
     report_file: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON.")] = None,
     png_file: Annotated[Path | None, typer.Option("--png", help="Draw what each layer kept.")] = None,
+    html_file: HtmlOption = None,
     device: DeviceOption = Device.auto,
     fast: FastOption = False,
     cache: CacheOption = True,
@@ -191,12 +201,13 @@ def transfer(
     from .adapters import load_adapter, save_adapter
     from .base import open_base
     from .matching import load_assignment
+    from .page import page
     from .tensorfile import write_bytes
     from .transfer import transfer_adapter
 
     base_s, base_t = open_base(source), open_base(target)
     inputs = [adapter, *([assignment_file] if assignment_file else [])]
-    _check_outputs([output, report_file, png_file, save_assignment], base_s, base_t, *inputs)
+    _check_outputs([output, report_file, png_file, html_file, save_assignment], base_s, base_t, *inputs)
     assignment = load_assignment(assignment_file, base_s, base_t) if assignment_file else None
     loaded = load_adapter(adapter, base_s)
     with bar("transferring") as progress:
@@ -224,6 +235,8 @@ def transfer(
         write_bytes(save_assignment, json.dumps(report.assignment.to_json(), indent=1).encode())
     if png_file:
         write_bytes(png_file, png(report))
+    if html_file:
+        write_bytes(html_file, page(report.to_json()).encode())
     print_report(report)
 
 

@@ -34,6 +34,11 @@ ARRIVED = (Outcome.TRANSFERRED, Outcome.KEPT)
 BOTH_RESIZED = "both sides change size: matched by index, the weakest kind"
 
 
+def lower(*sides: Score | None) -> float:
+    """Return the lower corrected similarity of the sides that have one; NaN where none has."""
+    return min((s.corrected for s in sides if s is not None and not math.isnan(s.corrected)), default=math.nan)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One layer: where it came from and went to, how similar the two are, and how much of the update arrived.
@@ -65,8 +70,7 @@ class Row:
     @property
     def corrected(self) -> float:
         """The lower of the two corrected similarities: an update passes both sides. NaN where there is none."""
-        values = [s.corrected for s in (self.left, self.right) if s is not None and not math.isnan(s.corrected)]
-        return min(values, default=math.nan)
+        return lower(self.left, self.right)
 
     @property
     def retained_energy(self) -> float:

@@ -87,7 +87,7 @@ def transfer_adapter(
         if similarity is not None and similarity.identities != identities:
             got = f"it compared {similarity.source} and {similarity.target}"
             raise MismatchError("the similarity is of other bases", got, "compare source and target of this transfer")
-        known = _scores(similarity)
+        known = known_scores(similarity)
         if assignment is None:
             assignment = match_bases(source, target, matching, known=known, engine=engine, progress=progress)
         report = TransferReport(
@@ -151,7 +151,8 @@ def _check_numbers(rank: int | None, lora_rank: int, threshold: float, source: B
         raise OptionError("the threshold is out of range", str(threshold), "give a number below 1")
 
 
-def _scores(similarity: Similarity | None) -> dict[tuple[str, str], tuple[Score, Score]]:
+def known_scores(similarity: Similarity | None) -> dict[tuple[str, str], tuple[Score, Score]]:
+    """Return left and right score of every pair in a similarity, by (source layer name, target layer name)."""
     kinds = similarity.kinds if similarity else []
     return {
         (source.name, target.name): (kind.left[i][j], kind.right[i][j])

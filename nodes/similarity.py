@@ -1,14 +1,15 @@
 """The node that compares two models."""
 
-import json
 import math
 
 import numpy as np
 import torch
 
+from ..lorax.matching import match_bases
 from ..lorax.pictures import similarity_picture
-from ..lorax.report import similarity_json
 from ..lorax.similarity import Similarity, compare_bases
+from ..lorax.transfer import known_scores
+from ..lorax.view import similarity_view
 from . import host
 from .host import io
 from .types import CATEGORY, SimilarityPort, cache_input
@@ -60,17 +61,23 @@ class LoraXSimilarity(io.ComfyNode):
     def execute(cls, source, target, rank, layers, cache=True):
         """Compare them."""
         base_s, base_t = host.open_model(source), host.open_model(target)
-        result = host.compute(
-            lambda engine, progress: compare_bases(
-                base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], engine=engine, progress=progress
-            ),
+        result, pairs = host.compute(
+            lambda engine, progress: _compare(base_s, base_t, rank, layers, engine, progress),
             len(base_s.layers) + len(base_t.layers),
             cache=cache,
         )
         text = describe(result)
         host.show(text, cls.hidden.unique_id)
-        numbers = json.dumps(similarity_json(result), separators=(",", ":"))
-        return io.NodeOutput(result, picture(result), text, ui={"text": [text], "lorax_similarity": [numbers]})
+        view = similarity_view(result, base_s, base_t, pairs)
+        return io.NodeOutput(result, picture(result), text, ui={"text": [text], "lorax_similarity": [view]})
+
+
+def _compare(base_s, base_t, rank, layers, engine, progress):
+    """Return the similarity of two bases, and which layer feeds which by it."""
+    found = compare_bases(
+        base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], engine=engine, progress=progress
+    )
+    return found, match_bases(base_s, base_t, known=known_scores(found), engine=engine, progress=progress)
 
 
 def picture(similarity: Similarity) -> torch.Tensor:

@@ -129,7 +129,9 @@ class LoraXTransfer(io.ComfyNode):
             [report.summary, *report.assignment.summary, *(f"warning: {warning}" for warning in report.warnings)]
         )
         host.show(text, cls.hidden.unique_id)
-        return io.NodeOutput(moved, text, report.suggested_strength, ui=ui.PreviewText(text))
+        return io.NodeOutput(
+            moved, text, report.suggested_strength, ui={"text": [text], "lorax_report": [report.to_json()]}
+        )
 
 
 class LoraXApply(io.ComfyNode):

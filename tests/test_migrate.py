@@ -353,3 +353,43 @@ def test_command_line(run, library, bases, tmp_path):  # noqa: F811
         run(*words(library, bases, tmp_path / "y", *more)[3:], status=1)
     with pytest.raises(OptionError):
         migrate([], tmp_path / "z", run="cloud")
+
+
+def test_a_killed_worker_of_ray_costs_nothing(library, bases, tmp_path, expected):
+    out = tmp_path / "out"
+    process = subprocess.Popen(words(library, bases, out, "--engine", "ray"), stderr=subprocess.PIPE)
+    killed = 0
+    while process.poll() is None and not killed:
+        time.sleep(0.005)
+        for child in psutil.process_iter(["cmdline"]):
+            if (child.info["cmdline"] or [""])[0].startswith("ray::_move"):
+                child.kill()
+                killed += 1
+                break
+    assert killed
+    assert process.wait(timeout=300) == 1
+    assert contents(out) == expected
+
+
+def test_a_lost_machine_of_ray_costs_nothing(tasks, tmp_path, expected):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        other = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        cluster.wait_for_nodes()
+        lost = []
+
+        def progress(done, total, name):
+            if not lost:
+                lost.append(name)
+                cluster.remove_node(other, allow_graceful=False)
+
+        migrate(tasks, tmp_path / "out", run="ray", progress=progress)
+        assert lost
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert contents(tmp_path / "out") == expected

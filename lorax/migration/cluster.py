@@ -1,12 +1,14 @@
 """A migration on Ray: scheduling, retries, transport and the sharing of subspaces are Ray's.
 
 The files (bases, adapters, the output folder) lie where every machine of the cluster sees them under the same path.
+For each pair of bases one adapter, the largest, is moved for trial with empty subspaces: that tells which ones are
+needed, and how the layers are paired. The subspaces then are tasks, whose results all adapters share.
 """
 
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,62 +17,91 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from ..adapters import load_adapter
 from ..base import Base
 from ..cache import open_cache
 from ..engine import Engine, packed, unpacked
-from ..errors import printable
+from ..errors import LoraxError
 from ..linalg import Subspace
-from .job import Task
-from .work import Record, move, opened
+from ..matching import Assignment
+from .job import Options, Task
+from .local import ONE, largest_of_each
+from .work import Record, move, opened, transferred
 
 # Tasks handed to Ray at a time, for each core: enough that none waits, and the queue stays short.
 AHEAD = 3
+# How often a task is tried again when its process or its machine is lost: Ray's own default.
+RETRIES = 3
+# A subspace: base file, layer, rank, `exact` or `fast`.
+Piece = tuple[str, str, int, str]
 
 
 @dataclass(frozen=True, slots=True)
-class _SharedEngine(Engine):
-    """An engine whose subspaces are Ray tasks, each done once in the cluster and shared through the object store."""
+class _Recording(Engine):
+    """An engine that gives empty subspaces and notes which were asked for."""
 
-    directory: Any = None
-    paths: tuple[tuple[int, str], ...] = ()
+    asked: list[tuple[Base, str, int, str]] = field(default_factory=list[tuple[Base, str, int, str]])
 
     def _subspace(self, base: Base, name: str, rank: int, accuracy: str) -> Subspace:
-        path = dict(self.paths)[id(base)]
-        (reference,) = ray.get(self.directory.subspace.remote(path, name, rank, accuracy))
-        found: Any = ray.get(reference)
-        return unpacked(memoryview(found), self.device)
+        self.asked.append((base, name, rank, accuracy))
+        m, n = base.layers[name].matrix_shape
+        r = min(m, n, rank)
+        return Subspace(torch.zeros(m, r), torch.zeros(r), torch.zeros(r, n))
 
 
-class _Directory:
-    """Knows the Ray task of every subspace that was asked for; the results stay in the object store."""
+@dataclass(frozen=True, slots=True)
+class _Sharing(Engine):
+    """An engine that takes subspaces from the object store, and computes those that are not there."""
 
-    def __init__(self, device: str, cached: bool, gpu_share: float) -> None:
-        self._words = device, cached
-        self._task: Any = ray.remote(_subspace).options(num_cpus=1, num_gpus=gpu_share)
-        self._found: dict[tuple[str, str, int, str], Any] = {}
+    files: tuple[str, str] = ("", "")
+    pieces: Mapping[Piece, Any] = field(default_factory=dict[Piece, Any])
 
-    def subspace(self, *key: Any) -> Any:
-        if key not in self._found:
-            self._found[key] = self._task.remote(*key, *self._words)
-        return [self._found[key]]
+    def _subspace(self, base: Base, name: str, rank: int, accuracy: str) -> Subspace:
+        for file in self.files:
+            if opened(file) is base and (reference := self.pieces.get((file, name, rank, accuracy))) is not None:
+                try:
+                    found: Any = ray.get(reference)
+                    return unpacked(memoryview(found), self.device)
+                except RayError:  # what it could not compute is computed, or refused, here
+                    break
+        return Engine._subspace(self, base, name, rank, accuracy)
 
 
-def _subspace(path: str, name: str, rank: int, accuracy: str, device: str, cached: bool) -> Any:
-    torch.set_num_threads(1)
+def _survey(task: Task, device: str, cached: bool) -> tuple[list[Piece], Assignment | None]:
+    """Return the subspaces that a task needs, and the pairs of layers with their scores."""
+    torch.set_num_threads(ONE)
+    engine = _Recording(device, task.options.fast, open_cache() if cached else None)
+    try:
+        _, report = transferred(load_adapter(task.adapter, opened(task.source)), task, engine)
+    except LoraxError:  # it will be said when the task is done in earnest
+        return [], None
+    scores = {(row.source, row.target): (row.left, row.right) for row in report.rows}
+    files = {id(opened(file)): file for file in (task.source, task.target)}
+    pieces = [(files[id(base)], name, rank, accuracy) for base, name, rank, accuracy in engine.asked]
+    return list(dict.fromkeys(pieces)), replace(report.assignment, scores=scores)
+
+
+def _subspace(piece: Piece, device: str, cached: bool) -> Any:
+    torch.set_num_threads(ONE)
+    file, name, rank, accuracy = piece
     engine = Engine(device, accuracy == "fast", open_cache() if cached else None)
-    space = (engine.subspace if accuracy == "fast" else engine.triplets)(opened(path), name, rank)
+    space = (engine.subspace if accuracy == "fast" else engine.triplets)(opened(file), name, rank)
     return np.frombuffer(packed(space), np.uint8)
 
 
-def _move(task: Task, folder: str, previous: Record | None, device: str, cached: bool, directory: Any) -> Record:
-    torch.set_num_threads(1)
+def _move(
+    task: Task,
+    folder: str,
+    previous: Record | None,
+    assignment: Assignment | None,
+    pieces: Mapping[Piece, Any],
+    device: str,
+    cached: bool,
+) -> Record:
+    torch.set_num_threads(ONE)
     cache = open_cache() if cached else None
-
-    def engine(source: Base, target: Base) -> Engine:
-        paths = (id(source), task.source), (id(target), task.target)
-        return _SharedEngine(device, task.options.fast, cache, directory, paths)
-
-    return move(task, folder, previous, engine)
+    engine = _Sharing(device, task.options.fast, cache, (task.source, task.target), pieces)
+    return move(task, folder, previous, engine, assignment)
 
 
 def run_ray(
@@ -98,26 +129,41 @@ def run_ray(
         cores = None if "RAY_ADDRESS" in os.environ else workers
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        device, cached = engine.device, engine.cache is not None
-        directory = ray.remote(_Directory).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        shared = directory.remote(device, cached, gpu_share)
-        work: Any = ray.remote(_move).options(num_cpus=1, num_gpus=gpu_share, max_retries=3)
+        words = engine.device, engine.cache is not None
+        survey, subspace, work = (_remote(function, gpu_share) for function in (_survey, _subspace, _move))
+        assignments: dict[tuple[str, str, Options], Any] = {}
+        pieces: dict[Piece, Any] = {}
+        for task, asked in {task: survey.remote(task, *words) for task in largest_of_each(tasks)}.items():
+            needed, assignment = _result(asked) or ([], None)
+            assignments[task.source, task.target, task.options] = ray.put(assignment)
+            pieces |= {piece: subspace.remote(piece, *words) for piece in needed if piece not in pieces}
+        if pieces:
+            ray.wait(list(pieces.values()), num_returns=len(pieces))
+        shared = ray.put(pieces)
         waiting = list(tasks)
         running: dict[Any, Task] = {}
         limit = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while waiting or running:
             while waiting and len(running) < limit:
                 task = waiting.pop(0)
-                words = task, str(folder.resolve()), previous.get(task.output), device, cached, shared
-                running[work.remote(*words)] = task
+                assignment = assignments[task.source, task.target, task.options]
+                given = task, str(folder.resolve()), previous.get(task.output), assignment, shared
+                running[work.remote(*given, *words)] = task
             for done in ray.wait(list(running), num_returns=1)[0]:
                 task = running.pop(done)
-                try:
-                    record = ray.get(done)
-                except RayError as error:
-                    first = str(error).strip().splitlines()[0]
-                    record = Record(task.name, task.output, "failed", f"its process died: {printable(first)}")
-                yield record
+                yield _result(done) or Record(task.name, task.output, "failed", "its process died again and again")
     finally:
         if ours:
             ray.shutdown()
+
+
+def _remote(function: Any, gpu_share: float) -> Any:
+    return ray.remote(function).options(num_cpus=1, num_gpus=gpu_share, max_retries=RETRIES)
+
+
+def _result(reference: Any) -> Any:
+    """Return the result of a task; None where Ray gave it up."""
+    try:
+        return ray.get(reference)
+    except RayError:
+        return None

@@ -17,6 +17,8 @@ from ..engine import Engine
 from .job import Options, Task
 from .work import Record, move
 
+# Threads of a process, for any number of processes: the last bits of a result depend on it.
+ONE = 1
 # What a process needs for itself and the comparison of two bases (measured: 1.9 GB for SDXL), and for each byte of an
 # adapter: the file, its layers, the result and its bytes.
 PROCESS_BYTES = 2 * 2**30
@@ -56,11 +58,16 @@ def run_local(
 
 
 def _stages(tasks: Sequence[Task]) -> list[list[Task]]:
-    """Return the largest adapter of each pair of bases, and all others."""
+    first = largest_of_each(tasks)
+    return [first, [task for task in tasks if task not in first]]
+
+
+def largest_of_each(tasks: Sequence[Task]) -> list[Task]:
+    """Return the largest adapter of each pair of bases and options: it needs the most of what the others need too."""
     first: dict[tuple[str, str, Options], Task] = {}
     for task in sorted(tasks, key=lambda task: -Path(task.adapter).stat().st_size):
         first.setdefault((task.source, task.target, task.options), task)
-    return [list(first.values()), [task for task in tasks if task not in first.values()]]
+    return list(first.values())
 
 
 def _in_pool(
@@ -92,11 +99,10 @@ def _in_pool(
 
 
 def _start() -> None:
-    # One thread each, for any number of processes: the last bits of a result depend on the number of threads.
-    torch.set_num_threads(1)
+    torch.set_num_threads(ONE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _work(task: Task, previous: Record | None, folder: str, device: str, cached: bool) -> Record:
     engine = Engine(device, task.options.fast, open_cache() if cached else None)
-    return move(task, folder, previous, lambda _source, _target: engine)
+    return move(task, folder, previous, engine)

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from ..adapters import load_adapter, save_adapter
+from ..adapters import Adapter, load_adapter, save_adapter
 from ..base import Base, open_base
 from ..engine import Engine
 from ..errors import LoraxError, OutputError, printable
+from ..matching import Assignment
+from ..report import TransferReport
 from ..tensorfile import file_hash
 from ..transfer import transfer_adapter
 from ..version import __version__
@@ -53,27 +54,30 @@ class Record:
     seconds: list[float] = field(default_factory=list[float])
 
 
-def move(task: Task, folder: str, previous: Record | None, engine: Callable[[Base, Base], Engine]) -> Record:
+def move(
+    task: Task, folder: str, previous: Record | None, engine: Engine, assignment: Assignment | None = None
+) -> Record:
     """Do a task, or find that it is done.
 
     Args:
         task: The task.
         folder: The output folder.
         previous: What an earlier migration wrote of it.
-        engine: Returns the engine for two bases.
+        engine: How and where to compute.
+        assignment: The pairs of blocks, where they are known already.
 
     Returns:
         Its record. Whatever is wrong with a file is in it and raised nowhere.
     """
     try:
-        return _move(task, Path(folder), previous, engine)
+        return _move(task, Path(folder), previous, engine, assignment)
     except LoraxError as error:
         return Record(task.name, task.output, "failed", str(error))
     except Exception as error:  # a job of hundreds of files goes on, and says what it did not expect
         return Record(task.name, task.output, "failed", printable(f"unexpected {type(error).__name__}: {error}"))
 
 
-def _move(task: Task, folder: Path, previous: Record | None, engine: Callable[[Base, Base], Engine]) -> Record:
+def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, assignment: Assignment | None) -> Record:
     source, target = opened(task.source), opened(task.target)
     path = _inside(folder, task.output)
     options = task.options
@@ -86,25 +90,12 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Callable[[B
         return replace(previous, status="kept")
     adapter = load_adapter(task.adapter, source)
     read = time.perf_counter()
-    moved, report = transfer_adapter(
-        adapter,
-        source,
-        target,
-        method=options.method,
-        rank=options.rank,
-        lora_rank=options.lora_rank,
-        threshold=options.threshold,
-        matching=options.matching,
-        dora=options.dora,
-        output_format=options.format,
-        dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
-        engine=engine(source, target),
-    )
-    transferred = time.perf_counter()
+    moved, report = transferred(adapter, task, engine, assignment)
+    finished = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(moved, _inside(folder, task.output), naming=options.naming, inputs=[Path(task.adapter)])
     written = file_hash(path)
-    times = [round(value, 4) for value in (read - start, transferred - read, time.perf_counter() - transferred)]
+    times = [round(value, 4) for value in (read - start, finished - read, time.perf_counter() - finished)]
     share = report.retained_energy
     return Record(
         task.name,
@@ -118,6 +109,28 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Callable[[B
         retained=share if share == share else None,
         warnings=report.warnings,
         seconds=times,
+    )
+
+
+def transferred(
+    adapter: Adapter, task: Task, engine: Engine, assignment: Assignment | None = None
+) -> tuple[Adapter, TransferReport]:
+    """Return `lorax.transfer_adapter` with the bases and the options of a task."""
+    options = task.options
+    return transfer_adapter(
+        adapter,
+        opened(task.source),
+        opened(task.target),
+        method=options.method,
+        rank=options.rank,
+        lora_rank=options.lora_rank,
+        threshold=options.threshold,
+        matching=options.matching,
+        assignment=assignment,
+        dora=options.dora,
+        output_format=options.format,
+        dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
+        engine=engine,
     )
 
 

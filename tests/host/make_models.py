@@ -104,7 +104,11 @@ for name, config, change in (
     ("sdxl-base", SDXL, 0.0),
     ("ssd-1b", SSD1B, 0.1),
 ):
-    tensors = {f"model.diffusion_model.{key}": weight(key, shape, change) for key, shape in shapes(config).items()}
+    # Cross-attention changes twice as much, so that a threshold can part the layers.
+    changes = {key: change * (2 if ".attn2." in key else 1) for key in shapes(config)}
+    tensors = {
+        f"model.diffusion_model.{key}": weight(key, shape, changes[key]) for key, shape in shapes(config).items()
+    }
     save_file(tensors, os.path.join(folder, "checkpoints", name + ".safetensors"))
 unet, text = ("lora_unet_", ".transformer_blocks."), ("lora_te_", ".self_attn.")
 for name, tensors in (

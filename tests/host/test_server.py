@@ -91,7 +91,10 @@ def test_the_pack_loads_at_once(host):
 
 @pytest.mark.parametrize("name", NODES)
 def test_help_pages_are_served(host, name):
-    assert len(host.get(f"/extensions/comfyui-lora-x/docs/{name}.md")) > 300
+    page = host.get(f"/extensions/comfyui-lora-x/docs/{name}.md").decode()
+    assert len(page) > 300
+    (picture,) = re.findall(r"!\[.+\]\((images/.+\.png)\)", page)
+    assert len(host.get(f"/extensions/comfyui-lora-x/docs/{picture}")) < 100_000
 
 
 QUICK = {"EmptyLatentImage": {"width": 64, "height": 64}, "KSampler": {"steps": 2}, "LoraXTrain": {"steps": 2}}

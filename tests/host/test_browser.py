@@ -1,0 +1,381 @@
+"""The views in the real front end of a real ComfyUI server, in a real browser."""
+
+import json
+import re
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import pytest
+from chromium import chromium, overlaps, picture, watched
+from safetensors import safe_open
+
+READY = "() => Boolean(window.app?.graph && window.LiteGraph?.registered_node_types.LoraXTransfer)"
+DROP = """([text, name]) => {
+    const files = new DataTransfer();
+    files.items.add(new File([text], name, { type: "application/json" }));
+    const where = { dataTransfer: files, bubbles: true, cancelable: true, clientX: 500, clientY: 500 };
+    document.querySelector("#graph-canvas").dispatchEvent(new DragEvent("drop", where));
+}"""
+WATCH = """() => {
+    window.ended = null;
+    for (const type of ["execution_success", "execution_error", "execution_interrupted"]) {
+        app.api.addEventListener(type, ({ detail }) => (window.ended = [type, detail.exception_message ?? ""]));
+    }
+}"""
+NODE = "type => app.graph.nodes.find((node) => node.type === type)"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+@contextmanager
+def front_end(host, browser, vue=False, theme="dark", locale="en", **options):
+    """Open the front end with some settings; only what goes wrong after it has started counts."""
+    known = {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": theme, "Comfy.Locale": locale}
+    for name, value in known.items():
+        host.post(f"/settings/{name}", value)
+    page = watched(browser, viewport={"width": 1700, "height": 1300}, **options)
+    page.goto(host.url)
+    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_timeout(1500)
+    page.add_style_tag(content=".p-dialog-mask, .minimap-main-container { display: none !important }")
+    page.evaluate(WATCH)
+    page.errors.clear()
+    yield page
+    page.context.close()
+
+
+def graph(layers="attention", method="project", rank=100, threshold=0.0):
+    """Two checkpoints into Subspace Similarity and LoRA-X Transfer, as the front end saves a workflow."""
+    nodes, links = [], []
+
+    def node(kind, place, size, values, inputs, outputs):
+        number = len(nodes) + 1
+        sockets = []
+        for name, kind_of, source in inputs:
+            links.append([len(links) + 1, source[0], source[1], number, len(sockets), kind_of])
+            sockets.append({"name": name, "type": kind_of, "link": len(links)})
+        outs = [{"name": name, "type": name.upper(), "links": []} for name in outputs]
+        basics = {"flags": {}, "order": number, "mode": 0, "properties": {}}
+        nodes.append(
+            basics
+            | {"id": number, "type": kind, "pos": place, "size": size}
+            | {"widgets_values": values, "inputs": sockets, "outputs": outs}
+        )
+        return number
+
+    base = node("CheckpointLoaderSimple", [0, 40], [300, 100], ["sd15-base.safetensors"], [], ["MODEL", "CLIP", "VAE"])
+    tuned = node(
+        "CheckpointLoaderSimple", [0, 220], [300, 100], ["sd15-tuned.safetensors"], [], ["MODEL", "CLIP", "VAE"]
+    )
+    lora = node("LoraXLoader", [0, 400], [300, 130], ["sd15-style.safetensors"], [], ["adapter", "summary"])
+    models = [("source", "MODEL", (base, 0)), ("target", "MODEL", (tuned, 0))]
+    found = node("LoraXSimilarity", [350, 40], [420, 860], [0, layers], models, ["similarity", "heatmap", "report"])
+    values = [method, rank, threshold, "auto", "direction"]
+    inputs = [("adapter", "LORAX_ADAPTER", (lora, 0)), *models, ("similarity", "LORAX_SIMILARITY", (found, 0))]
+    moved = node("LoraXTransfer", [820, 40], [420, 860], values, inputs, ["adapter", "report", "suggested_strength"])
+    node("PreviewAny", [1290, 40], [280, 200], [None, None, False], [("source", "*", (moved, 1))], [])
+    node("PreviewImage", [1290, 300], [280, 300], [], [("images", "IMAGE", (found, 1))], [])
+    for number, source, slot, *_ in links:
+        nodes[source - 1]["outputs"][slot]["links"].append(number)
+    basics = {"groups": [], "config": {}, "extra": {}, "version": 0.4}
+    return {"last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes, "links": links} | basics
+
+
+def drop(page, workflow, name="views.json"):
+    page.evaluate(DROP, [json.dumps(workflow), name])
+    page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
+    page.wait_for_timeout(500)
+    at_scale(page, 1)
+
+
+def at_scale(page, scale):
+    page.evaluate(
+        """scale => {
+            app.canvas.deselectAll(); // the front end cuts widgets where a selected node lies over them
+            Object.assign(app.canvas.ds, { scale, offset: [90 / scale, 90 / scale] });
+            app.graph.setDirtyCanvas(true, true);
+        }""",
+        scale,
+    )
+    page.wait_for_timeout(500)
+
+
+def queue(page):
+    page.evaluate("window.ended = null")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_function("() => window.ended", timeout=120_000)
+    assert page.evaluate("window.ended") == ["execution_success", ""]
+    page.wait_for_timeout(300)
+
+
+def kept(page, kind):
+    """What the workflow file keeps of a node's view."""
+    return page.evaluate(f"type => ({NODE})(type).properties.lorax", kind)
+
+
+def threshold_widget(page):
+    return page.evaluate(f"({NODE})('LoraXTransfer').widgets.find(({{ name }}) => name === 'threshold').value")
+
+
+def blocks_of(host, name):
+    """The transformer blocks of a checkpoint, by the names of the host's own model."""
+    with safe_open(host.base / f"models/checkpoints/{name}.safetensors", "pt") as file:
+        found = (re.match(r"(.*transformer_blocks\.\d+)\.attn", key) for key in file.keys())  # noqa: SIM118
+        return {match[1] for match in found if match}
+
+
+def cells(page):
+    return page.eval_on_selector(".lorax-similarity canvas", "canvas => [canvas.height, canvas.width]")
+
+
+def nothing_wrong(page, host):
+    assert page.errors == []
+    assert {urlsplit(url).netloc for url in page.requests if not url.startswith(("blob:", "data:"))} == {
+        urlsplit(host.url).netloc
+    }
+
+
+def vue_nodes(host):
+    """Skip where the front end's Vue nodes show no widget of a pack's own."""
+    needed = host.json("/system_stats")["system"]["required_frontend_version"]
+    if tuple(map(int, needed.split(".")[:2])) < (1, 35):
+        pytest.skip(f"the Vue nodes of front end {needed} show no DOM widgets")
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_the_view_appears_and_comes_back_from_the_file(host, browser, vue):
+    if vue:
+        vue_nodes(host)
+    size = [len(blocks_of(host, name)) for name in ("sd15-base", "sd15-tuned")]
+    with front_end(host, browser, vue) as page:
+        drop(page, graph(rank=90 + vue))
+        assert page.locator(".lorax-message").count() == 2
+        queue(page)
+        page.wait_for_selector(".lorax-similarity canvas")
+        assert cells(page) == size
+        page.select_option(".lorax-similarity select >> nth=0", "q")
+        page.locator(".lorax-report .lorax-row >> nth=2").click()
+        saved = page.evaluate("app.graph.serialize()")
+        picture(page, f"graph-{'vue' if vue else 'classic'}")
+        assert overlaps(page) == []
+        nothing_wrong(page, host)
+    assert len(json.dumps(saved)) < 60_000
+    with front_end(host, browser, vue) as page:
+        drop(page, saved, "saved.json")
+        assert cells(page) == size
+        assert page.locator(".lorax-similarity select >> nth=0").input_value() == "q"
+        assert page.locator(".lorax-report .lorax-figure b >> nth=0").inner_text() == "70 / 70"
+        assert "to_v" in page.locator(".lorax-report .lorax-details").inner_text()
+        nothing_wrong(page, host)
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_the_dragged_threshold_is_what_the_next_queue_uses(host, browser, vue):
+    if vue:
+        vue_nodes(host)
+    with front_end(host, browser, vue) as page:
+        drop(page, graph(rank=80 + vue))
+        queue(page)
+        page.wait_for_selector(".lorax-similarity canvas")
+        slider = page.locator(".lorax-similarity input[type=range]")
+        box = slider.bounding_box()
+        middle = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + (box["width"] - 16) * 0.25 / 1.24 + 8, middle)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.8, middle, steps=5)
+        page.mouse.up()
+        dragged = float(slider.input_value())
+        assert 0.6 < dragged < 0.9
+        assert threshold_widget(page) == dragged
+        # Self-attention of this pair lies around 0.96, cross-attention around 0.86: between them, with the keys.
+        slider.focus()
+        while float(slider.input_value()) != 0.91:
+            page.keyboard.press("ArrowRight" if float(slider.input_value()) < 0.91 else "ArrowLeft")
+        assert threshold_widget(page) == 0.91
+        above, count = map(int, re.findall(r"\d+", page.locator(".lorax-similarity .lorax-count").inner_text()))
+        assert 0 < above < count
+        queue(page)
+        assert "below threshold" in page.locator(".lorax-report .lorax-chips").inner_text()
+        pairs, names = similarities(kept(page, "LoraXSimilarity")["data"])
+        report = kept(page, "LoraXTransfer")["data"]
+        assert report["threshold"] == 0.91
+        moved = {row[0]: report["words"][row[2]] == "transferred" for row in report["rows"] if row[0] in names}
+        assert moved == {name: pairs[name] > 0.91 for name in moved}
+        assert sum(moved.values()) == above
+        nothing_wrong(page, host)
+
+
+def similarities(data):
+    """The corrected similarity of each target layer, and the names."""
+    blocks, roles = data["targets"]["blocks"], data["targets"]["roles"]
+    names = [f"{blocks[block]}.{roles[role]}" for block, role, _ in data["targets"]["layers"]]
+    return {names[target]: value for target, _, _, _, value in data["pairs"]}, set(names)
+
+
+def test_both_themes_and_three_zooms(host, browser):
+    with front_end(host, browser) as page:
+        drop(page, graph(layers="all", rank=70))
+        queue(page)
+        page.wait_for_selector(".lorax-similarity canvas")
+        page.locator(".lorax-similarity .lorax-row >> nth=3").click()
+        for theme in ("dark", "light"):
+            page.evaluate("theme => app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+            for scale in (0.5, 1, 2):
+                at_scale(page, scale)
+                picture(page, f"zoom-{theme}-{scale}")
+                assert overlaps(page) == []
+            colours = page.eval_on_selector(
+                ".lorax-view", "view => [getComputedStyle(view).color, getComputedStyle(view).backgroundColor]"
+            )
+            light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in sorted(colours, key=len))
+            assert abs(light - dark) > 100, colours
+        nothing_wrong(page, host)
+
+
+def test_the_keys_stay_in_the_view(host, browser):
+    """Moving over the map by keyboard moves no node, and pins with Enter; the graph is not queued."""
+    with front_end(host, browser) as page:
+        drop(page, graph(rank=60))
+        queue(page)
+        page.wait_for_selector(".lorax-similarity canvas")
+        before = page.evaluate("JSON.stringify(app.graph.nodes.map(({ pos }) => [...pos]))")
+        page.locator(".lorax-plot").focus()
+        for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Enter"):
+            page.keyboard.press(key)
+        assert page.locator(".lorax-similarity .lorax-pinned").get_attribute("d") == "M1,1h1v1h-1z"
+        assert "pinned" in page.locator(".lorax-similarity .lorax-details").inner_text()
+        assert page.evaluate("JSON.stringify(app.graph.nodes.map(({ pos }) => [...pos]))") == before
+        assert len(kept(page, "LoraXSimilarity")["state"]["pinned"].split()) == 2
+        nothing_wrong(page, host)
+
+
+def test_a_new_threshold_in_the_transfer_is_seen_and_only_a_free_one_is_set(host, browser):
+    with front_end(host, browser) as page:
+        drop(page, graph(rank=50))
+        queue(page)
+        page.wait_for_selector(".lorax-similarity canvas")
+        page.evaluate(f"""() => {{
+            const widget = ({NODE})("LoraXTransfer").widgets.find(({{ name }}) => name === "threshold");
+            widget.value = 0.5;
+            widget.callback(0.5);
+        }}""")
+        assert page.locator(".lorax-similarity output").inner_text() == "0.50"
+        page.evaluate(f"""() => {{
+            const transfer = ({NODE})("LoraXTransfer");
+            const number = LiteGraph.createNode("PrimitiveFloat");
+            app.graph.add(number);
+            number.connect(0, transfer, transfer.inputs.findIndex(({{ name }}) => name === "threshold"));
+        }}""")
+        page.wait_for_timeout(100)
+        assert "link gives" in page.locator(".lorax-similarity .lorax-note").inner_text()
+        page.evaluate(f"({NODE})('LoraXTransfer').disconnectInput(3)")
+        page.wait_for_timeout(100)
+        slider = page.locator(".lorax-similarity input[type=range]")
+        slider.focus()
+        page.keyboard.press("ArrowRight")
+        assert "Connect" in page.locator(".lorax-similarity .lorax-note").inner_text()
+        assert threshold_widget(page) == 0.5
+        nothing_wrong(page, host)
+
+
+BROKEN = {
+    "another version": ({"schema": "lorax-similarity-view", "schema_version": 9}, "version 9"),
+    "cut off": ({"schema": "lorax-similarity-view", "schema_version": 1}, "damaged"),
+    "a word": ("<img src=x onerror='window.hacked = 1'>", "damaged"),
+}
+
+
+def test_what_a_workflow_file_keeps_may_be_broken(host, browser):
+    with front_end(host, browser) as page:
+        for data, words in BROKEN.values():
+            workflow = graph()
+            for entry in workflow["nodes"]:
+                if entry["type"].startswith("LoraX"):
+                    entry["properties"] = {"lorax": {"data": data}}
+            drop(page, workflow)
+            assert words in page.locator(".lorax-similarity .lorax-message").inner_text()
+            assert page.locator(".lorax-report .lorax-message").inner_text()
+            page.evaluate("app.graph.clear()")
+        assert page.evaluate("window.hacked") is None
+        nothing_wrong(page, host)
+
+
+TRAIN = """() => {
+    app.graph.clear();
+    const add = (type, pos, values) => {
+        const node = LiteGraph.createNode(type);
+        app.graph.add(node);
+        node.pos = pos;
+        for (const [name, value] of Object.entries(values)) node.widgets.find((one) => one.name === name).value = value;
+        return node;
+    };
+    const sources = [
+        add("CheckpointLoaderSimple", [0, 40], { ckpt_name: "sd15-base.safetensors" }),
+        add("EmptyLatentImage", [0, 200], { width: 64, height: 64 }),
+        add("LoraXTestConditioning", [0, 380], { seed: 1, width: 768 }),
+    ];
+    const train = add("LoraXTrain", [380, 40], { steps: 60, rank: 16, training_dtype: "fp32" });
+    sources.forEach((source, place) => source.connect(0, train, place));
+    train.setSize([400, 720]);
+    window.heard = [];
+    app.api.addEventListener("lorax.loss", ({ detail }) => window.heard.push(detail));
+}"""
+
+
+def test_the_loss_of_a_training(host, browser):
+    """Drawn while it runs, and back from the file."""
+    with front_end(host, browser) as page:
+        page.evaluate(TRAIN)
+        at_scale(page, 1)
+        queue(page)
+        heard = page.evaluate("window.heard")
+        assert len(heard) > 1
+        assert heard[0]["total"] == 60
+        assert heard[0]["steps"] == heard[-1]["steps"][: len(heard[0]["steps"])]
+        last = kept(page, "LoraXTrain")["data"]
+        assert last["steps"][-1] == 60
+        words = page.locator(".lorax-loss .lorax-count").inner_text()
+        assert words == f"step 60 of 60: loss {page.evaluate('loss => loss.toPrecision(3)', last['losses'][-1])}"
+        assert len(re.findall("[ML]", page.locator(".lorax-loss .lorax-raw").get_attribute("d"))) == len(last["steps"])
+        picture(page, "loss")
+        assert overlaps(page) == []
+        saved = page.evaluate("app.graph.serialize()")
+        nothing_wrong(page, host)
+        page.evaluate("app.graph.clear()")
+        drop(page, saved)
+        assert page.locator(".lorax-loss .lorax-count").inner_text() == words
+
+
+def test_in_french(host, browser):
+    with front_end(host, browser, locale="fr") as page:
+        drop(page, graph(rank=40))
+        queue(page)
+        page.wait_for_selector(".lorax-similarity canvas")
+        titles = page.evaluate("app.graph.nodes.map(({ title }) => title)")
+        assert {"Similarité des sous-espaces", "LoRA-X Transfert", "Charger LoRA-X"} <= set(titles)
+        assert "couches seraient transférées" in page.locator(".lorax-similarity .lorax-count").inner_text()
+        assert page.get_by_role("button", name="Copier le texte").count() == 1
+        picture(page, "french")
+        assert overlaps(page) == []
+        nothing_wrong(page, host)
+
+
+def test_without_the_javascript_the_nodes_work(host, browser):
+    """As on a front end that cannot load it: the picture and the text are there."""
+    with front_end(host, browser) as page:
+        page.route("**/extensions/comfyui-lora-x/*.js", lambda route: route.abort())
+        page.reload()
+        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_timeout(1500)
+        page.evaluate(WATCH)
+        drop(page, graph(rank=30))
+        queue(page)
+        assert page.locator(".lorax-view").count() == 0
+        found = page.evaluate(f"({NODE})('PreviewImage').imgs?.[0]?.naturalWidth ?? 0")
+        assert found > 400
+        text = page.evaluate(f"({NODE})('LoraXTransfer').widgets.map(({{ value }}) => value)")
+        assert any("70 of 70 layers arrived" in str(value) for value in text)

@@ -1,0 +1,25 @@
+import { readdirSync, readFileSync } from "node:fs";
+import { expect, test } from "vitest";
+
+const WEB = new URL("../../web/", import.meta.url);
+const files = readdirSync(WEB).filter((name) => name.endsWith(".js"));
+const read = (name) => readFileSync(new URL(name, WEB), "utf8");
+const imports = (name) => [...read(name).matchAll(/from "([^"]+)"/g)].map(([, from]) => from);
+
+test.each(files)("%s imports files beside it; only host.js the front end", (name) => {
+  for (const from of imports(name)) {
+    if (name === "host.js" && from.startsWith("../../scripts/")) continue;
+    expect(from).toMatch(/^\.\/\w+\.js$/);
+    expect(files).toContain(from.slice(2));
+  }
+});
+
+test.each(files.filter((name) => /_data|names|colours|texts/.test(name)))("%s knows no browser", (name) => {
+  expect(read(name)).not.toMatch(/\b(document|window|navigator)\./);
+});
+
+test.each(files)("%s sets no HTML and asks for nothing", (name) => {
+  expect(read(name)).not.toMatch(
+    /innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\bfetch\(|XMLHttpRequest|https?:\/\/(?!www\.w3\.org)/,
+  );
+});

@@ -1,0 +1,79 @@
+import { describe, expect, test } from "vitest";
+
+import { effect, keptShares, outcomes, packReport, readReport, reportText, shortLayer } from "../../web/report_data.js";
+import { Problem } from "../../web/similarity_data.js";
+import { report } from "./sources.js";
+
+test("a report comes back from the workflow file as it was, numbers to four digits", () => {
+  const [plain, packed] = [readReport(report()), readReport(JSON.parse(JSON.stringify(packReport(report()))))];
+  expect(packed.rows[0].corrected).toBeCloseTo(plain.rows[0].corrected, 4);
+  const rounded = plain.rows.map((row) => ({
+    ...row,
+    corrected: Number.isNaN(row.corrected) ? NaN : Math.round(row.corrected * 1e4) / 1e4,
+  }));
+  expect(packed).toEqual({ ...plain, rows: rounded });
+});
+
+test("packing takes a third of the size", () => {
+  const big = report(new Array(560).fill("transferred"));
+  expect(JSON.stringify(packReport(big)).length).toBeLessThan(JSON.stringify(big).length / 3);
+});
+
+test("of many unused tensors some are kept, and their number", () => {
+  const data = { ...report(), unused: Object.fromEntries(Array.from({ length: 300 }, (_, i) => [`key${i}`, "why"])) };
+  const found = readReport(packReport(data));
+  expect([found.unused.length, found.unusedCount]).toEqual([20, 300]);
+});
+
+describe("what cannot be read says why", () => {
+  test.each([
+    ["nothing", null, "damaged"],
+    ["another version", { ...report(), schema_version: 7 }, "unknown_schema"],
+    ["another schema", { schema: "lorax-assignment", schema_version: 1 }, "unknown_schema"],
+    ["rows cut off", { ...report(), rows: report().rows.slice(1) }, "damaged"],
+    ["no rows", { ...report(), rows: undefined }, "damaged"],
+    ["no layers", { ...report([]), layers: 0 }, "no_layers"],
+    ["NaN", { ...report(), retained_energy: NaN }, "damaged"],
+    ["an outcome of the future", { ...report(), rows: [{ source: "x", outcome: "lost" }], layers: 1 }, "damaged"],
+    ["packed, words cut off", { ...packReport(report()), words: [] }, "damaged"],
+    ["packed, without rows", { ...packReport(report()), rows: null }, "damaged"],
+  ])("%s", (_, data, key) => {
+    expect(() => readReport(data)).toThrow(Problem);
+    expect(() => readReport(data)).toThrow(key);
+  });
+});
+
+test("the text has a line for every row and says why", () => {
+  const lines = reportText(readReport(report())).split("\n");
+  expect(lines).toHaveLength(6 + 3);
+  expect(lines[0]).toBe("style: a -> b");
+  expect(lines[3]).toBe("warning: weak effect");
+  expect(lines.at(-1)).toContain("not in target");
+});
+
+test("outcomes are counted in a fixed order", () => {
+  const rows = readReport(report(["not in target", "transferred", "not in target"])).rows;
+  expect(outcomes(rows)).toEqual([
+    ["transferred", 1],
+    ["not in target", 2],
+  ]);
+});
+
+test("only what arrived has a share", () => {
+  expect([...keptShares(readReport(report())).values()]).toEqual([0.3]);
+});
+
+test.each([
+  [NaN, "nothing"],
+  [0, "nothing"],
+  [0.2, "weak"],
+  [0.5, "fair"],
+  [0.9, "strong"],
+  [1.2, "strong"],
+])("%s of the norm is a %s effect", (kept, words) => expect(effect(kept)).toBe(words));
+
+test.each([
+  ["unet.down_blocks.1.attentions.0.transformer_blocks.3.attn1.to_out.0", "down 1 0.3 attn1.to_out.0"],
+  ["transformer.transformer_blocks.12.attn.to_q", "transformer_blocks 12 attn.to_q"],
+  ["unet.conv_in", "conv_in"],
+])("%s is short %s", (name, short) => expect(shortLayer(name)).toBe(short));

@@ -1,0 +1,130 @@
+/** A list of layers with bars, of which only what is in sight is in the page: thousands cost nothing. */
+
+import { make } from "./elements.js";
+import { say } from "./texts.js";
+
+const ROW = 18; // height of a row in CSS pixels, as in view.css
+const SPARE = 4; // rows kept above and below what is in sight
+
+/**
+ * Return a list of layers.
+ * @param {string[]} columns names of the values to draw, such as `left`
+ * @param {(row: object | null) => void} onPoint a row is looked at
+ * @param {(row: object | null) => void} onPin a row is pinned, or none
+ *
+ * A row is `{key, name, title, mark, faint, values}`; values are NaN where there are none, and bars from 0 to 1.
+ */
+export function bars({ columns, onPoint, onPin }) {
+  const head = make("div", { class: "lorax-head", "aria-hidden": "true" });
+  const inner = make("div", { class: "lorax-rows" });
+  const scroll = make("div", { class: "lorax-scroll", tabindex: 0, role: "listbox" }, inner);
+  scroll.setAttribute("aria-label", say("layers_label"));
+  scroll.dataset.captureWheel = "true";
+  const element = make("div", { class: "lorax-bars" }, head, scroll);
+  const shown = { rows: [], columns, threshold: NaN, at: -1, pinned: null };
+  const prefix = `lorax-${Math.random().toString(36).slice(2)}-`;
+
+  function value(name, number) {
+    const known = !Number.isNaN(number);
+    const cell = make("span", { class: "lorax-value" });
+    cell.style.setProperty("--lorax-share", known ? Math.min(Math.max(number, 0), 1) : 0);
+    if (name === "corrected" && shown.threshold > 0) {
+      cell.append(make("i", { style: `left: ${100 * Math.min(shown.threshold, 1)}%` }));
+    }
+    cell.append(make("b", {}, known ? number.toFixed(2) : "–"));
+    return cell;
+  }
+
+  function line(row, i) {
+    const option = make(
+      "div",
+      { class: "lorax-row", role: "option", id: `${prefix}${i}`, style: `top: ${i * ROW}px`, title: row.title },
+      make("span", { class: "lorax-sign", "aria-hidden": "true" }, row.mark),
+      make("span", { class: "lorax-name" }, row.name),
+      ...shown.columns.map((name) => value(name, row.values[name])),
+    );
+    option.dataset.place = i;
+    option.setAttribute("aria-selected", row.key === shown.pinned);
+    option.classList.toggle("lorax-faint", row.faint);
+    option.classList.toggle("lorax-at", i === shown.at);
+    return option;
+  }
+
+  function render() {
+    const from = Math.max(Math.floor(scroll.scrollTop / ROW) - SPARE, 0);
+    const to = Math.min(from + Math.ceil(scroll.clientHeight / ROW) + 2 * SPARE, shown.rows.length);
+    inner.style.height = `${shown.rows.length * ROW}px`;
+    inner.replaceChildren(...shown.rows.slice(from, to).map((row, i) => line(row, from + i)));
+  }
+
+  function point(i) {
+    shown.at = i;
+    render();
+    onPoint(shown.rows[i] ?? null);
+  }
+
+  function toggle(i) {
+    const key = shown.rows[i]?.key ?? null;
+    shown.pinned = key === shown.pinned ? null : key;
+    render();
+    onPin(shown.pinned === null ? null : shown.rows[i]);
+  }
+
+  function reveal(i) {
+    if (i * ROW < scroll.scrollTop) scroll.scrollTop = i * ROW;
+    if ((i + 1) * ROW > scroll.scrollTop + scroll.clientHeight) scroll.scrollTop = (i + 1) * ROW - scroll.clientHeight;
+  }
+
+  const placeOf = (event) => Number(event.target.closest?.(".lorax-row")?.dataset.place ?? -1);
+  inner.addEventListener("pointermove", (event) => {
+    if (placeOf(event) !== shown.at) point(placeOf(event));
+  });
+  inner.addEventListener("pointerleave", () => point(-1));
+  inner.addEventListener("click", (event) => placeOf(event) >= 0 && toggle(placeOf(event)));
+  scroll.addEventListener("scroll", render);
+  scroll.addEventListener("keydown", (event) => {
+    const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    if (step) {
+      const i = Math.min(Math.max(shown.at + step, 0), shown.rows.length - 1);
+      reveal(i);
+      point(i);
+      scroll.setAttribute("aria-activedescendant", `${prefix}${i}`);
+    } else if (event.key === "Enter" && shown.at >= 0) {
+      toggle(shown.at);
+    } else if (event.key === "Escape" && shown.pinned !== null) {
+      toggle(shown.rows.findIndex(({ key }) => key === shown.pinned));
+    } else {
+      return;
+    }
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  new ResizeObserver(render).observe(scroll);
+
+  return {
+    element,
+    /** Show rows, with a line at a threshold of the corrected similarity. */
+    show(rows, threshold, names = columns) {
+      Object.assign(shown, { rows, threshold, columns: names });
+      element.style.setProperty("--lorax-columns", names.length);
+      head.replaceChildren(
+        make("span"),
+        make("span", { class: "lorax-name" }, say("layer")),
+        ...names.map((name) => make("span", {}, say(name))),
+      );
+      render();
+    },
+    /** Pin the row of a key without telling, and bring it into sight. */
+    pin(key) {
+      shown.pinned = key;
+      const i = shown.rows.findIndex((row) => row.key === key);
+      if (i >= 0) reveal(i);
+      render();
+    },
+    /** Bring the first row that passes a test into sight. */
+    reveal(test) {
+      const i = shown.rows.findIndex(test);
+      if (i >= 0) scroll.scrollTop = i * ROW;
+    },
+  };
+}

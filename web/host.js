@@ -1,0 +1,232 @@
+/** The only file that knows ComfyUI's front end: views into nodes, and what they show into the workflow. */
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { lossView } from "./loss_view.js";
+import { keptShares, packReport, readReport } from "./report_data.js";
+import { reportView } from "./report_view.js";
+import { similarityView } from "./similarity_view.js";
+import { say, speak } from "./texts.js";
+
+const KEPT = "lorax"; // the property of a node that holds `{data, state}`; the workflow file has it
+const SIMILARITY = "LoraXSimilarity";
+const TRANSFER = "LoraXTransfer";
+const TRAIN = "LoraXTrain";
+const TEXT = "$$node-text-preview"; // the front end's widget for the text that a node sends while it runs
+const WAITING = 44; // height of a view that has nothing to show yet
+
+const NODES = {
+  [SIMILARITY]: { key: "lorax_similarity", height: 740, pack: (data) => data, attach: attachSimilarity },
+  [TRANSFER]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
+  [TRAIN]: { key: "lorax_loss", height: 190, pack: (data) => data, attach: attachLoss },
+};
+const views = new WeakMap(); // node -> what its attach function returned
+
+function keep(node, values) {
+  node.properties[KEPT] = { ...node.properties[KEPT], ...values };
+}
+
+function attachSimilarity(node) {
+  const view = similarityView({
+    onState: (state) => keep(node, { state }),
+    onThreshold: (value) => setThreshold(node, value),
+    note: () => say(thresholds(node).length ? "writes" : transfersOf(node).length ? "writes_linked" : "writes_nothing"),
+  });
+  function follow() {
+    const widget = thresholds(node)[0];
+    if (widget) view.setThreshold(widget.value);
+  }
+  function followReports() {
+    follow();
+    view.setKept(reportOf(node));
+  }
+  return {
+    element: view.element,
+    show: (data, state) => {
+      view.show(data, state);
+      followReports();
+    },
+    follow,
+    followReports,
+  };
+}
+
+function attachReport(node) {
+  const view = reportView({ onState: (state) => keep(node, { state }) });
+  const show = (data, state) => {
+    view.show(data, state);
+    tellAll("followReports");
+  };
+  return { element: view.element, show };
+}
+
+function attachLoss() {
+  const { element, show } = lossView();
+  return { element, show };
+}
+
+/** Return the nodes that take what an output of a node gives, through reroutes. */
+function takers(node, slot) {
+  const links = node.outputs?.[slot]?.links ?? [];
+  return links.flatMap((id) => {
+    const link = node.graph?.getLink?.(id) ?? node.graph?.links?.[id];
+    const taker = link && node.graph.getNodeById(link.target_id);
+    if (!taker) return [];
+    return taker.type === "Reroute" ? takers(taker, 0) : [taker];
+  });
+}
+
+function transfersOf(node) {
+  return takers(node, 0).filter(({ type }) => type === TRANSFER);
+}
+
+/** Return the threshold widgets that a similarity sets: of the transfers that use it, unless a link gives theirs. */
+function thresholds(node) {
+  return transfersOf(node)
+    .filter(({ inputs }) => !inputs?.some(({ widget, link }) => widget?.name === "threshold" && link != null))
+    .flatMap(({ widgets }) => widgets?.filter(({ name }) => name === "threshold") ?? []);
+}
+
+function setThreshold(node, value) {
+  for (const widget of thresholds(node)) {
+    widget.value = value;
+    widget.callback?.(value);
+  }
+  app.graph.setDirtyCanvas(true, true);
+}
+
+/** Return what the layers kept in the transfers that use a similarity, by the names of the target. */
+function reportOf(node) {
+  const shares = transfersOf(node).map((transfer) => {
+    try {
+      return [...keptShares(readReport(transfer.properties[KEPT]?.data))];
+    } catch {
+      return []; // its own view says what is wrong with it
+    }
+  });
+  return new Map(shares.flat());
+}
+
+/** Let the views of all similarities follow what changed: the threshold of a transfer (`follow`), or more. */
+function tellAll(what) {
+  const root = app.rootGraph ?? app.graph;
+  const graphs = [root, ...(root?.subgraphs?.values() ?? [])];
+  for (const node of graphs.flatMap((graph) => graph?.nodes ?? [])) views.get(node)?.[what]?.();
+}
+
+/** Take away the text that the node shows where there is no view: the view says the same. */
+function withoutText(node) {
+  const widget = node.widgets?.find(({ name }) => name === TEXT);
+  if (widget) node.removeWidget(widget);
+}
+
+/** Give a node the room that its view needs, and never less than the user gave it. */
+function grow(node) {
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  app.graph.setDirtyCanvas(true, true);
+}
+
+function showKept(node) {
+  const { data, state } = node.properties[KEPT] ?? {};
+  if (data !== undefined) views.get(node).show(data, state);
+}
+
+function attach(node) {
+  const { key, height, pack, attach: make } = NODES[node.comfyClass];
+  const view = make(node);
+  views.set(node, view);
+  const widget = node.addDOMWidget("lorax_view", "lorax_view", view.element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => (node.properties[KEPT]?.data === undefined ? WAITING : height),
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false;
+  chain(node, "onConfigure", () => showKept(node));
+  chain(node, "onConnectionsChange", () => setTimeout(() => tellAll("followReports")));
+  chain(node, "onExecuted", (output) => {
+    const data = output?.[key]?.[0];
+    if (data === undefined) return;
+    keep(node, { data: pack(data) });
+    showKept(node);
+    withoutText(node);
+    grow(node);
+  });
+  forward(view.element);
+}
+
+function chain(object, name, then) {
+  const before = object[name];
+  object[name] = function (...values) {
+    const result = before?.apply(this, values);
+    then(...values);
+    return result;
+  };
+}
+
+/** Let the canvas have what is meant for it: the wheel where nothing scrolls, and the middle button. */
+function forward(element) {
+  element.addEventListener("wheel", (event) => {
+    const list = event.target.closest("[data-capture-wheel]");
+    if (list && list.scrollHeight > list.clientHeight && !event.ctrlKey) {
+      event.stopPropagation();
+    } else {
+      event.preventDefault();
+      event.stopPropagation();
+      app.canvas.processMouseWheel(event);
+    }
+  });
+  const moves = { pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
+  for (const [type, method] of Object.entries(moves)) {
+    element.addEventListener(type, (event) => {
+      const middle = event.button === 1 || (event.buttons & 4) === 4;
+      if (middle) app.canvas[method](event);
+      if (event.target.closest("input, select, button, [tabindex]")) event.stopPropagation();
+    });
+  }
+}
+
+/** Return a node by the id that the server gives it: `5`, or `3:5` inside of a subgraph. */
+function nodeById(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node = null;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(Number(part)) ?? graph?.getNodeById(part);
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+app.registerExtension({
+  name: "lorax.views",
+  async init() {
+    const style = Object.assign(document.createElement("link"), { rel: "stylesheet" });
+    style.href = new URL("./view.css", import.meta.url).href;
+    document.head.append(style);
+    const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
+    const texts = await api.getCustomNodesI18n().catch(() => ({})); // without them it is English
+    speak(texts[language]?.lorax);
+  },
+  nodeCreated(node) {
+    if (node.comfyClass in NODES) attach(node);
+    if (node.comfyClass === TRANSFER) {
+      const widget = node.widgets?.find(({ name }) => name === "threshold");
+      if (widget) chain(widget, "callback", () => tellAll("follow"));
+    }
+  },
+  afterConfigureGraph() {
+    tellAll("followReports");
+  },
+  setup() {
+    api.addEventListener("lorax.loss", ({ detail }) => {
+      const node = nodeById(detail?.node);
+      const view = node && views.get(node);
+      if (!view) return;
+      keep(node, { data: { steps: detail.steps, losses: detail.losses, total: detail.total } });
+      showKept(node);
+      grow(node);
+    });
+  },
+});

@@ -1,0 +1,33 @@
+/** A loss curve: what the training node sends, as points in a box. Nothing here knows a browser. */
+
+import { list, number, Problem } from "./similarity_data.js";
+
+/**
+ * Read the losses so far: `{steps, losses, total}`.
+ * @returns points `{step, loss}` with a loss, in order, and how many steps there will be
+ * @throws {Problem} what came is damaged or empty
+ */
+export function readLoss(data) {
+  const [steps, losses] = [list(data?.steps, "steps"), list(data?.losses, "losses")];
+  if (steps.length !== losses.length) throw new Problem("damaged", { what: "losses" });
+  const points = steps.map((step, i) => ({ step: number(step, "steps"), loss: number(losses[i], "losses") }));
+  const known = points.filter(({ loss }) => !Number.isNaN(loss));
+  if (!known.length) throw new Problem("waiting_loss");
+  return { points: known, total: Math.max(number(data.total, "total"), known.at(-1).step) };
+}
+
+/** Return the line of points in a box of a width and height, and a running mean over a twentieth of the points. */
+export function lossLines({ points, total }, width, height) {
+  const losses = points.map(({ loss }) => loss);
+  const [low, high] = [Math.min(...losses), Math.max(...losses)];
+  const x = ({ step }) => (step / Math.max(total, 1)) * width;
+  const y = (loss) => height - ((loss - low) / (high - low || 1)) * height;
+  const reach = Math.floor(points.length / 20);
+  const mean = losses.map((_, i) => {
+    const near = losses.slice(Math.max(i - reach, 0), i + reach + 1);
+    return near.reduce((sum, loss) => sum + loss, 0) / near.length;
+  });
+  const path = (values) =>
+    values.map((loss, i) => `${i ? "L" : "M"}${x(points[i]).toFixed(1)},${y(loss).toFixed(1)}`).join("");
+  return { line: path(losses), mean: path(mean), low, high };
+}

@@ -1,0 +1,156 @@
+/** What a transfer did: what arrived, how strong it will be, what was skipped and why, layer by layer. */
+
+import { bars } from "./bars.js";
+import { make } from "./elements.js";
+import { effect, outcomes, readReport, reportText, shortLayer, SIGNS } from "./report_data.js";
+import { Problem } from "./similarity_data.js";
+import { say } from "./texts.js";
+
+/**
+ * Return the view.
+ * @param {(state: object) => void} onState what the user chose changed: `{outcome, pinned}`
+ */
+export function reportView({ onState }) {
+  const element = make("div", { class: "lorax-view lorax-report" });
+  const message = make("div", { class: "lorax-message", role: "status" });
+  const title = make("div", { class: "lorax-title" });
+  const figures = make("div", { class: "lorax-figures" });
+  const warnings = make("ul", { class: "lorax-warnings" });
+  const chips = make("div", { class: "lorax-chips", role: "group", "aria-label": say("outcome") });
+  const details = make("div", { class: "lorax-details", "aria-live": "polite" });
+  const copy = make("button", { type: "button", class: "lorax-copy" }, say("copy"));
+  const layers = bars({
+    columns: ["left", "right", "corrected", "kept"],
+    onPoint: describe,
+    onPin: (row) => {
+      change({ pinned: row?.key ?? "" });
+      describe(row);
+    },
+  });
+  let [report, rows, state] = [null, [], { outcome: "", pinned: "" }];
+
+  function change(values) {
+    state = { ...state, ...values };
+    onState(state);
+  }
+
+  copy.addEventListener("click", async () => {
+    copy.textContent = say((await copyText(reportText(report))) ? "copied" : "not_copied");
+    setTimeout(() => (copy.textContent = say("copy")), 2000);
+  });
+
+  function figure(value, words, share, kind = "") {
+    const found = make("div", { class: `lorax-figure ${kind}` }, make("b", {}, value), make("span", {}, words));
+    found.style.setProperty("--lorax-share", share);
+    return found;
+  }
+
+  function fill() {
+    const { arrived, kept, strength } = report;
+    const count = report.rows.length;
+    const known = !Number.isNaN(kept);
+    const grade = effect(kept);
+    title.replaceChildren(make("b", {}, report.adapter), `: ${report.source} → ${report.target}`);
+    title.title = title.textContent;
+    figures.replaceChildren(
+      figure(`${arrived} / ${count}`, say("arrived"), arrived / count),
+      figure(
+        known ? `${Math.round(kept * 100)} %` : "–",
+        `${say("norm_kept")}: ${say(grade)}`,
+        known ? Math.min(kept, 1) : 0,
+        `lorax-${grade}`,
+      ),
+      figure(strength.toFixed(2), say("strength"), Math.min(strength / 4, 1)),
+    );
+    const [key] = report.unused[0] ?? [];
+    const unused = report.unusedCount ? [say("unused", { count: report.unusedCount, key })] : [];
+    const words = report.warnings.filter((warning) => !/tensors of the file are not used/.test(warning));
+    warnings.replaceChildren(...[...words, ...unused].map((warning) => make("li", {}, warning)));
+    warnings.hidden = !warnings.children.length;
+    chips.replaceChildren(chip("", count), ...outcomes(report.rows).map(([outcome, n]) => chip(outcome, n)));
+    list();
+  }
+
+  function chip(outcome, count) {
+    const words = outcome ? `${SIGNS[outcome]} ${say(outcome)} ${count}` : `${say("all")} ${count}`;
+    const button = make("button", { type: "button", "aria-pressed": state.outcome === outcome }, words);
+    button.addEventListener("click", () => {
+      change({ outcome, pinned: "" });
+      fill();
+    });
+    return button;
+  }
+
+  function list() {
+    const found = report.rows.filter((row) => !state.outcome || row.outcome === state.outcome);
+    rows = found.map((row) => ({
+      key: row.source,
+      name: shortLayer(row.source),
+      title: row.source,
+      mark: SIGNS[row.outcome],
+      faint: !row.arrived,
+      values: row,
+      row,
+    }));
+    layers.show(rows, report.threshold);
+    layers.pin(state.pinned || null);
+    describe(null);
+  }
+
+  function describe(shown) {
+    const { row } = shown ?? rows.find(({ key }) => key === state.pinned) ?? {};
+    const number = (key) => `${say(key)} ${Number.isNaN(row[key]) ? "–" : row[key].toFixed(3)}`;
+    const method = row?.method && (row.rank ? say("method_rank", row) : row.method);
+    const lines = row
+      ? [
+          row.source,
+          `→ ${row.target || "–"}`,
+          [say(row.outcome), method, row.note].filter(Boolean).join(" · "),
+          ["left", "right", "corrected", "kept"].map(number).join(" · "),
+        ]
+      : [say("layers_hint")];
+    details.replaceChildren(...lines.map((line) => make("div", { title: line }, line)));
+  }
+
+  function fail(text) {
+    report = null;
+    message.textContent = text;
+    element.replaceChildren(message);
+  }
+
+  fail(say("waiting_report"));
+  return {
+    element,
+    /** Show the JSON of a transfer; where it cannot be read, say why. Returns what was read, or null. */
+    show(data, saved = {}) {
+      try {
+        report = readReport(data);
+      } catch (error) {
+        if (!(error instanceof Problem)) throw error;
+        fail(say(error.message, error.values));
+        return null;
+      }
+      state = { ...state, ...saved };
+      if (!outcomes(report.rows).some(([outcome]) => outcome === state.outcome)) state.outcome = "";
+      element.replaceChildren(title, figures, warnings, chips, layers.element, details, copy);
+      fill();
+      return report;
+    },
+  };
+}
+
+/** Put text on the clipboard; without a secure connection only the old way is there. Return whether it is there. */
+async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const area = make("textarea", { style: "position: fixed; opacity: 0" });
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
+}

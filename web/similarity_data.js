@@ -1,0 +1,184 @@
+/** What the similarity view shows, from the JSON of `lorax/view.schema.json`. Nothing here knows a browser. */
+
+import { GROUP_NAMES, groupOf, stageOf } from "./names.js";
+
+const SIMILARITY_SCHEMA = "lorax-similarity-view";
+const LOWEST = -0.27;
+const STEP = 0.005;
+
+/** Why there is nothing to show: the key of a text and what belongs into it. */
+export class Problem extends Error {
+  constructor(key, values = {}) {
+    super(key);
+    this.values = values;
+  }
+}
+
+/** Throw a Problem unless data says that it is of a schema and version that the views read. */
+export function checkSchema(data, schema) {
+  if (typeof data !== "object" || data === null) throw new Problem("damaged", { what: "JSON" });
+  if (data.schema !== schema || data.schema_version !== 1) {
+    throw new Problem("unknown_schema", { schema: data.schema, version: data.schema_version });
+  }
+}
+
+/** Return an array, or throw a Problem that says which one is missing. */
+export function list(value, what) {
+  if (!Array.isArray(value)) throw new Problem("damaged", { what });
+  return value;
+}
+
+/** Return a number, NaN where there is no value; throw a Problem for anything else. */
+export function number(value, what) {
+  if (value === null) return NaN;
+  if (typeof value !== "number" || !Number.isFinite(value)) throw new Problem("damaged", { what });
+  return value;
+}
+
+function item(values, place, what) {
+  if (!Number.isInteger(place) || place < 0 || place >= values.length) throw new Problem("damaged", { what });
+  return values[place];
+}
+
+/**
+ * Read a similarity.
+ * @returns layers of both bases, the values of all pairs by kind, and for each target layer what feeds it
+ * @throws {Problem} what came is of another version, damaged, or empty
+ */
+export function readSimilarity(data) {
+  checkSchema(data, SIMILARITY_SCHEMA);
+  const shapes = list(data.shapes, "shapes");
+  const [sources, targets] = ["sources", "targets"].map((side) => readTable(data[side], shapes, side));
+  const kinds = list(data.kinds, "kinds").map((kind) => readKind(kind, sources, targets));
+  const pairs = list(data.pairs, "pairs").map((pair) => {
+    const [target, source, left, right, corrected] = list(pair, "pairs");
+    return {
+      target: item(targets, target, "pairs"),
+      source: source === null ? null : item(sources, source, "pairs"),
+      left: number(left, "pairs"),
+      right: number(right, "pairs"),
+      corrected: number(corrected, "pairs"),
+    };
+  });
+  if (pairs.length !== targets.length) throw new Problem("damaged", { what: "pairs" });
+  if (!pairs.length) throw new Problem("no_layers");
+  for (const { kind, sides } of kinds) for (const layer of sides.flat()) layer.group = groupOf(kind);
+  return { source: String(data.source), target: String(data.target), rank: data.rank, sources, targets, kinds, pairs };
+}
+
+function readTable(table, shapes, side) {
+  const [blocks, roles] = ["blocks", "roles"].map((part) => list(table?.[part], side));
+  return list(table.layers, side).map((entry) => {
+    const [block, role, shape] = list(entry, side);
+    const place = String(item(blocks, block, side));
+    const name = `${place}.${item(roles, role, side)}`;
+    return { name, block: place, stage: stageOf(place), shape: list(item(shapes, shape, side), side), group: "other" };
+  });
+}
+
+function readKind(kind, sources, targets) {
+  const sides = [
+    list(kind?.sources, "kinds").map((place) => item(sources, place, "kinds")),
+    list(kind.targets, "kinds").map((place) => item(targets, place, "kinds")),
+  ];
+  const found = { kind: String(kind.kind), group: groupOf(String(kind.kind)), sides, values: null };
+  if (kind.corrected === null) return found;
+  let bytes = "";
+  try {
+    bytes = atob(kind.corrected);
+  } catch {
+    // What is no base64 has no length that fits.
+  }
+  if (bytes.length !== sides[0].length * sides[1].length) throw new Problem("damaged", { what: found.kind });
+  found.values = Float32Array.from(bytes, (byte) => {
+    const code = byte.charCodeAt(0);
+    return code ? LOWEST + STEP * (code - 1) : NaN;
+  });
+  return found;
+}
+
+/** Return what the filters offer: the groups and the stages that there are, in order. */
+export function choices(model) {
+  const layers = [...model.sources, ...model.targets];
+  return {
+    groups: GROUP_NAMES.filter((group) => layers.some((layer) => layer.group === group)),
+    stages: [...new Set(layers.map((layer) => layer.stage))],
+  };
+}
+
+function chosen(layer, { group, stage }) {
+  return (!group || layer.group === group) && (!stage || layer.stage === stage);
+}
+
+/** Return the pairs whose target layer passes the filter. */
+export function chosenPairs(model, filter) {
+  return model.pairs.filter(({ target }) => chosen(target, filter));
+}
+
+/**
+ * Return the map of blocks: for each source block and target block the mean over the kinds of layer that both have.
+ * @returns `rows` and `columns` (names of blocks), `values` and `counts` (row by row), or null where no pairs were kept
+ */
+export function blockMap(model, filter) {
+  if (model.kinds.some(({ values }) => values === null)) return null;
+  const names = [model.sources, model.targets].map((layers) => [
+    ...new Set(layers.filter((layer) => chosen(layer, filter)).map(({ block }) => block)),
+  ]);
+  const [rows, columns] = names;
+  const [rowOf, columnOf] = names.map((blocks) => new Map(blocks.map((block, i) => [block, i])));
+  const values = new Float32Array(rows.length * columns.length);
+  const counts = new Uint16Array(values.length);
+  for (const { group, sides, values: pairs } of model.kinds) {
+    if (filter.group && group !== filter.group) continue;
+    sides[0].forEach((source, i) => {
+      const row = rowOf.get(source.block);
+      if (row === undefined) return;
+      sides[1].forEach((target, j) => {
+        const column = columnOf.get(target.block);
+        const value = pairs[i * sides[1].length + j];
+        if (column === undefined || Number.isNaN(value)) return;
+        values[row * columns.length + column] += value;
+        counts[row * columns.length + column] += 1;
+      });
+    });
+  }
+  values.forEach((sum, i) => (values[i] = counts[i] ? sum / counts[i] : NaN));
+  return { rows, columns, values, counts };
+}
+
+/** Whether a layer gets its update: it is fed, and its similarity is not at or below the threshold (NaN is not). */
+export function isAbove(pair, threshold) {
+  return pair.source !== null && !(pair.corrected <= threshold);
+}
+
+/** Return how many of some pairs would be transferred. */
+export function countAbove(pairs, threshold) {
+  return pairs.filter((pair) => isAbove(pair, threshold)).length;
+}
+
+/** Return the cells of a map where a block feeds a block: `{row, column, count, above}`, layers and those above. */
+export function pairedCells(map, pairs, threshold) {
+  const [rowOf, columnOf] = [map.rows, map.columns].map((blocks) => new Map(blocks.map((block, i) => [block, i])));
+  const cells = new Map();
+  for (const pair of pairs) {
+    const row = pair.source && rowOf.get(pair.source.block);
+    const column = columnOf.get(pair.target.block);
+    if (typeof row !== "number" || column === undefined) continue;
+    const key = row * map.columns.length + column;
+    const cell = cells.get(key) ?? { row, column, count: 0, above: 0 };
+    cell.count += 1;
+    cell.above += isAbove(pair, threshold) ? 1 : 0;
+    cells.set(key, cell);
+  }
+  return [...cells.values()];
+}
+
+/** Return how many pairs have a corrected similarity in each of `count` steps from `low` to `high`, ends and beyond. */
+export function histogram(pairs, low, high, count) {
+  const bins = new Array(count).fill(0);
+  for (const { corrected } of pairs) {
+    if (Number.isNaN(corrected)) continue;
+    bins[Math.min(Math.max(Math.floor(((corrected - low) / (high - low)) * count), 0), count - 1)] += 1;
+  }
+  return bins;
+}

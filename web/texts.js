@@ -1,0 +1,88 @@
+/** The words of the views. A translation is the `lorax` part of `locales/<language>/main.json`, with the same keys. */
+
+export const ENGLISH = {
+  waiting_similarity: "Queue the workflow: the comparison appears here.",
+  waiting_report: "Queue the workflow: what arrived appears here.",
+  waiting_loss: "Queue the workflow: the loss appears here.",
+  unknown_schema:
+    "This view cannot read {schema}, version {version}. Queue the workflow again, or use the lorax that wrote it.",
+  damaged: "The report is damaged ({what}). Queue the workflow again.",
+  no_layers: "No layer to show.",
+  many_layers: "{count} layers: choose a kind or a stage to see single ones.",
+  no_map: "Too many pairs for a map; the layers are below.",
+  nothing_chosen: "No layer of this kind in this stage.",
+  full_rank: "full rank",
+  at_rank: "rank {rank}",
+  kind: "kind",
+  stage: "stage",
+  all: "all",
+  group_q: "query",
+  group_k: "key",
+  group_v: "value",
+  group_out: "out",
+  group_ff: "feed-forward",
+  group_conv: "convolution",
+  group_other: "other",
+  map_label: "Similarity of blocks: source down, target across. Arrow keys move, Enter pins.",
+  layers_label: "Layers of the target. Arrow keys move, Enter pins.",
+  map_hint: "Point at a cell or a layer; click to pin it.",
+  layers_hint: "Point at a layer; click to pin it.",
+  chance: "0 chance",
+  equal: "1 equal",
+  no_value: "no value",
+  mean_of: "corrected {value}, mean of {count} layers",
+  lowest_of: "corrected {value} or less, mean of {count} layers",
+  other_size: "no value: other sizes",
+  paired: "paired: {above} of {count} layers above the threshold",
+  not_paired: "not paired",
+  no_source: "no source layer: gets no update",
+  pinned: "pinned",
+  threshold: "threshold",
+  counted: "{above} of {count} layers would be transferred",
+  writes: "Sets the threshold of LoRA-X Transfer.",
+  writes_linked: "To try it out. A link gives the threshold of LoRA-X Transfer.",
+  writes_nothing: "To try it out. Connect “similarity” to LoRA-X Transfer to set its threshold.",
+  writes_option: "To try it out: lorax transfer --threshold {value}",
+  legend_above: "paired, all above",
+  legend_some: "some above",
+  legend_below: "none above",
+  layer: "layer",
+  left: "left",
+  right: "right",
+  corrected: "corrected",
+  kept: "kept",
+  arrived: "layers arrived",
+  norm_kept: "of the norm kept",
+  strength: "suggested strength",
+  outcome: "outcome",
+  copy: "Copy as text",
+  copied: "Copied",
+  not_copied: "The browser does not allow it",
+  strong: "full effect",
+  fair: "noticeable effect",
+  weak: "weak effect",
+  nothing: "no effect",
+  unused: "{count} tensors of the file are not used, the first {key}",
+  method_rank: "{method}, rank {rank}",
+  step_loss: "step {step} of {total}: loss {loss}",
+  loss_label: "Loss against step: {first} at the start, {last} at step {step} of {total}",
+  transferred: "transferred",
+  "kept unchanged": "kept unchanged",
+  "below threshold": "below threshold",
+  "not in source": "not in source",
+  "not in target": "not in target",
+  "shape mismatch": "shape mismatch",
+  "place taken": "place taken",
+};
+
+let texts = ENGLISH;
+
+/** Take translated texts; what they lack stays English. */
+export function speak(translated) {
+  texts = { ...ENGLISH, ...translated };
+}
+
+/** Return a text, with its {names} replaced by values. */
+export function say(key, values = {}) {
+  return (texts[key] ?? key).replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
+}
