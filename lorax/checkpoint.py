@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from .errors import FormatError, MismatchError, OptionError
-from .tensorfile import TensorFile, serialize, write_bytes
+from .tensorfile import TensorFile, parse_json, serialize, write_bytes
 
 VERSION = "1"
+# What reading of damaged content raises; errors of our own pass.
+DAMAGED = (KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,31 +111,24 @@ class Checkpoint:
 
         Raises:
             FileError: The file is missing or damaged.
-            FormatError: It is no checkpoint.
+            FormatError: It is no checkpoint, or a damaged one; nothing was changed.
             MismatchError: It is of other parameters or of another optimizer; nothing was changed.
         """
-        header = TensorFile(path).metadata
-        if header.get("lorax_checkpoint_version") != VERSION:
-            raise FormatError("no checkpoint of a training", str(path), "give the file that the training wrote")
-        tensors, values = load_file(path), json.loads(header["training"])
-        self._check(path, tensors, values["optimizer"])
+        before, old = random_state(), self.optimizer.state_dict()
+        try:
+            held = _contents(path)
+            self._check(path, held.tensors, held.optimizer)
+            set_random_state(held.random)
+            self.optimizer.load_state_dict(old | {"state": held.state})
+        except DAMAGED as error:
+            set_random_state(before)
+            self.optimizer.load_state_dict(old)
+            got = f"{path}: {type(error).__name__} {error}"
+            raise FormatError("a damaged checkpoint of a training", got, "take an earlier one") from error
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
-                parameter.copy_(tensors[f"parameter.{name}"])
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in {**tensors, **values["plain"]}.items():
-            part, _, rest = key.partition(".")
-            if part == "optimizer":
-                index, _, name = rest.partition(".")
-                state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        self.losses = tensors["losses"].tolist()
-        version, words, gauss = values["python"]
-        states = [tensors[f"random.{i}"] for i in range(sum(key.startswith("random.") for key in tensors))]
-        kind, numbers, *rest = values["numpy"]
-        numpy = (kind, np.array(numbers, dtype=np.uint32), *rest)
-        self.random = RandomState(states, numpy, (version, tuple(words), gauss))
-        set_random_state(self.random)
+                parameter.copy_(held.tensors[f"parameter.{name}"])
+        self.losses, self.random = held.losses, held.random
 
     def _check(self, path: Path, tensors: Mapping[str, Tensor], optimizer: str) -> None:
         held = {key.removeprefix("parameter."): value for key, value in tensors.items() if key.startswith("parameter.")}
@@ -148,3 +144,36 @@ class Checkpoint:
             raise MismatchError("the checkpoint is of other parameters", got, "train the same layers at the same rank")
         if optimizer != type(self.optimizer).__name__:
             raise MismatchError("the checkpoint is of another optimizer", f"{path}: {optimizer}", "use that one")
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a file holds: tensors by name, the optimizer's class and its state by index, losses, generators."""
+
+    tensors: dict[str, Tensor]
+    optimizer: str
+    state: dict[int, dict[str, Any]]
+    losses: list[float]
+    random: RandomState
+
+
+def _contents(path: Path) -> _Contents:
+    """Read a file; what is wrong in it raises one of DAMAGED."""
+    header = TensorFile(path).metadata
+    if header.get("lorax_checkpoint_version") != VERSION:
+        raise FormatError("no checkpoint of a training", str(path), "give the file that the training wrote")
+    tensors, values = load_file(path), parse_json(header["training"])
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **values["plain"]}.items():
+        part, _, rest = key.partition(".")
+        if part == "optimizer":
+            index, _, name = rest.partition(".")
+            state.setdefault(int(index), {})[name] = value
+    version, words, gauss = values["python"]
+    states = [tensors[f"random.{i}"] for i in range(sum(key.startswith("random.") for key in tensors))]
+    kind, numbers, *rest = values["numpy"]
+    numpy = (kind, np.array(numbers, dtype=np.uint32), *rest)
+    losses = [float(loss) for loss in tensors["losses"].tolist()]
+    return _Contents(
+        tensors, values["optimizer"], state, losses, RandomState(states, numpy, (version, tuple(words), gauss))
+    )

@@ -17,7 +17,7 @@ from lorax import Base, match_bases, open_base
 
 from . import seeds
 from .mutations import build, documents, mutated, parse
-from .readers import Tally, read_adapter, read_assignment, read_base
+from .readers import Tally, read_adapter, read_assignment, read_base, read_training
 from .soak import soak
 
 RESULTS = Path(__file__).with_name("results")
@@ -83,6 +83,8 @@ def documents_of(
     whole = pair[0].files[0].read_bytes()
     sharded = seeds.base_folder(folder / "sharded")
     part = sharded / "unet" / seeds.shard(2)
+    step = folder / "whole-step"
+    seeds.training().save(step)
     assignment = json.dumps(match_bases(*pair, "order").to_json())
     configuration = (
         '{"r": 2, "lora_alpha": 4, "use_rslora": false, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 8}}'
@@ -92,6 +94,7 @@ def documents_of(
             lambda t, p, c: read_base(t, p, lora, pair[1], c)),
         ("checkpoint, a shard of a folder", mutated(part.read_bytes()), part,
             lambda t, p, c: read_base(t, sharded, lora, pair[1], c)),
+        ("checkpoint of a training", mutated(step.read_bytes()), folder / "step", lambda t, p, c: read_training(t, p)),
         ("assignment", documents((assignment,)), folder / "pairs.json",
             lambda t, p, c: read_assignment(t, p, *pair)),
         ("adapter_config.json", documents((configuration,)), folder / "beside" / "adapter_config.json",

@@ -23,8 +23,11 @@ from lorax import (
     save_adapter,
     transfer_adapter,
 )
+from lorax.checkpoint import random_state, set_random_state
 from lorax.inspect import describe
 from lorax.options import METHODS
+
+from . import seeds
 
 # One file may take no longer, in seconds of the processor: a machine that does other work besides is no hang.
 SECONDS = 1.0
@@ -150,3 +153,11 @@ def read_assignment(tally: Tally, path: Path, source: Base, target: Base) -> Non
     """Read a file as an assignment of blocks."""
     tally.files += 1
     tally.results += tally.call(lambda: load_assignment(path, source, target))
+
+
+def read_training(tally: Tally, path: Path) -> None:
+    """Go on with a training from a file; what it does to the global generators is undone."""
+    tally.files += 1
+    before, held = random_state(), seeds.training()
+    tally.results += tally.call(lambda: held.load(path))
+    set_random_state(before)

@@ -8,6 +8,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from demo.synthetic import base_tensors
+from lorax.checkpoint import Checkpoint
 from lorax.families import Family, families
 from lorax.unet import UNetConfig
 
@@ -139,3 +140,12 @@ def _adapters() -> dict[str, tuple[dict[str, Tensor], dict[str, str] | None]]:
             None,
         ),
     }
+
+
+def training() -> Checkpoint:
+    """Return a training of two parameters after one step."""
+    parameters = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    torch.stack([part.square().sum() for part in parameters]).sum().backward()
+    optimizer.step()
+    return Checkpoint(["a", "b"], parameters, optimizer, [1.0])

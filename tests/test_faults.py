@@ -121,12 +121,21 @@ def run(words):
 
 def test_a_whole_transfer_with_all_its_outputs(tmp_path, work):
     out = tmp_path / "out"
-    more = ["--report", out / "r.json", "--png", out / "r.png", "--save-assignment", out / "pairs.json"]
+    more = [
+        "--report",
+        out / "r.json",
+        "--png",
+        out / "r.png",
+        "--html",
+        out / "r.html",
+        "--save-assignment",
+        out / "pairs.json",
+    ]
     words = command(work, out, "--method", "copy", *more)
     out.mkdir()
     assert in_child(run(words)) == 0
     whole = finals(out)
-    assert len(whole) == 4
+    assert len(whole) == 5
     inputs = finals(work)
     shutil.rmtree(out)
     out.mkdir()
@@ -138,12 +147,12 @@ def test_a_whole_transfer_with_all_its_outputs(tmp_path, work):
             assert finals(out) == whole
         shutil.rmtree(out)
         out.mkdir()
-    assert steps == 4 * 5
+    assert steps == 5 * 5
     assert finals(out) == whole
     assert finals(work) == inputs
 
 
-@pytest.mark.parametrize("output", ["--report", "--png", "--save-assignment"])
+@pytest.mark.parametrize("output", ["--report", "--png", "--html", "--save-assignment"])
 @pytest.mark.parametrize("size", [100, 1000])
 def test_full_disk(tmp_path, work, output, size, capfd):
     def limited():

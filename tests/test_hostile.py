@@ -315,9 +315,11 @@ def test_nothing_in_a_name_reaches_the_screen(evil, tmp_path):
     bases = ["--source", s, "--target", t]
     commands = [
         (0, "inspect", a), (0, "inspect", a, "--json"), (0, "inspect", s), (0, "inspect", s, "--json"),
-        (0, "similarity", s, t, "--layers", "all", "--json", out / "s.json", "--png", out / "s.png"),
+        (0, "similarity", s, t, "--layers", "all", "--json", out / "s.json", "--png", out / "s.png",
+            "--html", out / "s.html"),
+        (0, "migrate", evil, *bases, "-o", out / "library", "--workers", "1", "--report", out / "m.json"),
         (0, "transfer", a, *bases, "-o", out / "m", "--report", out / "r.json", "--png", out / "r.png",
-            "--save-assignment", out / "pairs.json"),
+            "--html", out / "r.html", "--save-assignment", out / "pairs.json"),
         (0, "convert", a, "--to", "lora-x", "--source", s, "-o", out / "x", "--rank", "4"),
         (0, "convert", a, "--to", "lora", "-o", out / "l"),
         (0, "cache", "info"), (0, "cache", "verify"), (0, "cache", "clear"),
@@ -340,7 +342,12 @@ def test_nothing_in_a_name_reaches_the_screen(evil, tmp_path):
     for part in shown.replace("\u202e", "").split("=== "):
         assert is_harmless(part), part
     assert shown.count("\u202e") <= 4
-    for name in ("s.json", "r.json", "pairs.json"):
+    for name in ("s.html", "r.html"):
+        text = (out / name).read_text()
+        assert is_harmless(text)
+        assert "onerror" in text
+        assert "<img" not in text
+    for name in ("s.json", "r.json", "m.json", "pairs.json"):
         text = (out / name).read_text()
         assert is_harmless(text)
         assert "onerror" in text or name == "pairs.json"
@@ -528,9 +535,11 @@ def test_no_network_no_pickle_no_other_program(tmp_path, pair):
     torch.save({"x": torch.ones(1)}, pickle)
     commands = [
         (0, "inspect", a), (0, "inspect", s), (0, "inspect", folder), (1, "inspect", pickle),
-        (0, "similarity", s, t, "--json", tmp_path / "s.json", "--png", tmp_path / "s.png"),
+        (0, "similarity", s, t, "--json", tmp_path / "s.json", "--png", tmp_path / "s.png",
+            "--html", tmp_path / "s.html"),
         (0, "transfer", a, *bases, "-o", tmp_path / "m", "--report", tmp_path / "r.json", "--png", tmp_path / "r.png",
-            "--save-assignment", tmp_path / "pairs.json", "--method", "project", "--rank", "8"),
+            "--save-assignment", tmp_path / "pairs.json", "--html", tmp_path / "r.html",
+            "--method", "project", "--rank", "8"),
         (0, "transfer", a, "--source", folder, "--target", t, "-o", tmp_path / "m", "--method", "align",
             "--assignment", tmp_path / "pairs.json"),
         (1, "transfer", pickle, *bases, "-o", tmp_path / "n"),

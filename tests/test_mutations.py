@@ -27,7 +27,7 @@ def test_the_seeds_are_sound(tmp_path, kind):
 
 def test_mutated_files(tmp_path):
     found = mutations(FILES, 1, tmp_path)
-    assert len(found) == len(seeds.adapters()) + 4
+    assert len(found) == len(seeds.adapters()) + 5
     for kind, tally in found.items():
         assert tally.files >= FILES, kind
         assert tally.errors, kind
