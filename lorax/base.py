@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import FormatError, NumericsError
+from .errors import FileError, FormatError, NumericsError
 from .families import UNKNOWN, Family, Shapes, families, recognise
 from .layers import MAIN, Layer, LayerTable
-from .tensorfile import TensorFile
+from .tensorfile import ADVICE, TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,7 +145,12 @@ class _Place:
         for scale in SCALES:
             beside = f"{self.key.removesuffix('weight')}{scale}"
             if beside in self.file.entries:
-                return weight.float() * self.file.tensor(beside).float()
+                factor = self.file.tensor(beside).float()
+                sizes = zip(reversed(factor.shape), reversed(weight.shape), strict=False)
+                if factor.dim() > weight.dim() or any(ours not in (1, its) for ours, its in sizes):
+                    got = f"{beside} {list(factor.shape)} beside {list(weight.shape)} in {self.file.path}"
+                    raise FileError("a scale that does not fit its weight", got, ADVICE)
+                return weight.float() * factor
         return weight
 
 

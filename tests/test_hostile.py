@@ -267,6 +267,18 @@ def test_a_projection_of_the_text_that_is_no_matrix(tmp_path, pair):
         assert describe(tmp_path / "b.safetensors")["kind"] == "base"
 
 
+@pytest.mark.parametrize("shape", [(3,), (7, 1), (2, 8, 8), (8, 8, 1, 1)])
+def test_a_scale_that_does_not_fit_its_weight(tmp_path, shape):
+    weight = torch.ones(8, 8).to(torch.float8_e4m3fn)
+    path = tmp_path / "b.safetensors"
+    save_file({"blocks.0.x.weight": weight, "blocks.0.x.scale_weight": torch.full(shape, 2.0)}, path)
+    with pytest.raises(FileError, match=r"scale.*blocks\.0\.x\.scale_weight"):
+        open_base(path).weight("transformer.blocks.0.x")
+    for fitting in ((), (1,), (8, 1), (1, 1)):
+        save_file({"blocks.0.x.weight": weight, "blocks.0.x.scale_weight": torch.full(fitting, 2.0)}, path)
+        assert torch.equal(open_base(path).weight("transformer.blocks.0.x"), torch.full((8, 8), 2.0))
+
+
 def test_digits_that_are_no_numbers(tmp_path):
     save_file(
         {"unet:\u00b2:up": torch.ones(320, 2), "unet:\u00b2:down": torch.ones(2, 320)}, tmp_path / "a.safetensors"
