@@ -31,7 +31,7 @@ from lorax.cache import Cache
 from lorax.engine import Engine
 from lorax.migration import Options, migrate, plan_folder, plan_manifest
 from lorax.migration.job import Task
-from lorax.migration.journal import JOURNAL
+from lorax.migration.journal import JOURNAL, Journal
 from lorax.migration.local import _in_pool, fitting_workers
 from tests.conftest import lora_tensors
 from tests.test_cli import error_of, run  # noqa: F401 - a fixture
@@ -256,6 +256,19 @@ def test_full_disk(library, bases, tmp_path, expected):
     assert contents(out).items() <= expected.items()
     subprocess.run(words(library, bases, out, "--resume"), capture_output=True, check=False)
     assert contents(out) == expected
+
+
+def test_an_output_folder_that_cannot_be_is_named(tasks, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write the journal"):
+        migrate(tasks, tmp_path / "file" / "out")
+
+
+def test_a_journal_nested_without_end_counts_as_not_written(tasks, tmp_path):
+    (tmp_path / JOURNAL).write_text("[" * 100_000 + "\n")
+    journal = Journal(tmp_path, resume=True)
+    journal.close()
+    assert journal.records == {}
 
 
 def test_no_output_through_a_link(tasks, tmp_path):

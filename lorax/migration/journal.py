@@ -8,6 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
+from ..tensorfile import parse_json
 from .work import Record
 
 JOURNAL = "lorax-migration.jsonl"
@@ -31,9 +32,9 @@ class Journal:
             OutputError: Another process has it, it is there without `resume`, or it cannot be written.
         """
         self.path = folder / JOURNAL
+        self._lock = FileLock(folder / f".{JOURNAL}.lock", timeout=0)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / f".{JOURNAL}.lock", timeout=0)
             self._lock.acquire()
             if self.path.exists() and not resume:
                 fix = "add --resume to go on with it, or choose another folder"
@@ -44,15 +45,13 @@ class Journal:
             self._file = self.path.open("a", encoding="utf-8")
             if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
                 self._file.write("\n")
-        except Timeout as error:
-            fix = "wait for it, or choose another output folder"
-            raise OutputError("another process is migrating into this folder", str(folder), fix) from error
-        except OSError as error:
+        except BaseException as error:
             self._lock.release()
-            fix = "choose another output folder"
-            raise OutputError("cannot write the journal", f"{self.path}: {error.strerror}", fix) from error
-        except OutputError:
-            self._lock.release()
+            if isinstance(error, Timeout):
+                fix = "wait for it, or choose another output folder"
+                raise OutputError("another process is migrating into this folder", str(folder), fix) from error
+            if isinstance(error, OSError):
+                raise self._unwritten(error, "choose another output folder") from error
             raise
 
     def add(self, record: Record) -> None:
@@ -67,13 +66,15 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            fix = "free space and go on with --resume"
-            raise OutputError("cannot write the journal", f"{self.path}: {error.strerror}", fix) from error
+            raise self._unwritten(error, "free space and go on with --resume") from error
 
     def close(self) -> None:
         """Let the next process have it."""
         self._file.close()
         self._lock.release()
+
+    def _unwritten(self, error: OSError, fix: str) -> OutputError:
+        return OutputError("cannot write the journal", f"{self.path}: {error.strerror}", fix)
 
     def _read(self) -> dict[str, Record]:
         """Read what is there; a line that was cut off, or is not ours, counts as not written."""
@@ -81,7 +82,7 @@ class Journal:
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
         for line in lines:
             try:
-                record = Record(**json.loads(line))
+                record = Record(**parse_json(line))
             except (ValueError, TypeError):
                 continue
             records[record.output] = record
