@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .console import bar, plain, png, print_migration, print_report, print_similarity, say, tell
 from .errors import LoraxError, OptionError, printable
-from .options import LORA_RANK, RANK, THRESHOLD, Dora, Format, Matching, Method, Naming
+from .options import LORA_RANK, RANK, THRESHOLD, Dora, DType, Format, Matching, Method, Naming, Run
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -33,22 +33,6 @@ app = typer.Typer(
 
 caches = typer.Typer(help="What is kept of earlier work, so that no layer is decomposed twice.", no_args_is_help=True)
 app.add_typer(caches, name="cache")
-
-
-class Run(StrEnum):
-    """Where a migration runs."""
-
-    local = "local"
-    ray = "ray"
-
-
-class DType(StrEnum):
-    """How the result is stored."""
-
-    keep = "keep"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 class Device(StrEnum):
@@ -149,13 +133,14 @@ def similarity(
         raise OptionError("a rank is a whole number or 'full'", rank, "give for example 320")
     base_s, base_t = open_base(source), open_base(target)
     _check_outputs([json_file, png_file, html_file], base_s, base_t)
+    engine = _engine(device, cache)
     with bar("comparing") as progress:
         result = compare_bases(
             base_s,
             base_t,
             rank=None if rank == "full" else int(rank),
             attention_only=layers == "attention",
-            engine=_engine(device, cache),
+            engine=engine,
             progress=progress,
         )
     print_similarity(result)
@@ -164,7 +149,7 @@ def similarity(
     if png_file:
         write_bytes(png_file, png(result))
     if html_file:
-        pairs = match_bases(base_s, base_t, known=known_scores(result), engine=_engine(device, cache))
+        pairs = match_bases(base_s, base_t, known=known_scores(result), engine=engine)
         write_bytes(html_file, page(similarity_view(result, base_s, base_t, pairs)).encode())
 
 

@@ -60,7 +60,7 @@ def _base(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    from .adapters import AdapterLayer, LoraXLayer, load_adapter
+    from .adapters import AdapterLayer, load_adapter
 
     def is_large(own: AdapterLayer) -> bool:
         return not own.is_thin and math.prod(own.layer.shape) > DENSE
@@ -76,7 +76,7 @@ def _adapter(path: Path) -> dict[str, Any]:
                 "kind": own.kind,
                 "alpha": getattr(own, "alpha", None),
                 # Of a DoRA, GLoRA or rotation the size depends on the weights of the base.
-                "norm": None if (own.needs_weight and not isinstance(own, LoraXLayer)) or is_large(own) else own.norm(),
+                "norm": None if own.norm_needs_weight or is_large(own) else own.norm(),
                 "dtype": str(own.dtype).removeprefix("torch."),
             }
         )

@@ -104,7 +104,7 @@ class Mover:
         layer_s, layer_t = self.source.layers.get(own.layer.name), self.target.layers.get(place)
         row = Row(own.layer.name, place, Outcome.TRANSFERRED)
         fits = layer_s is not None and (not own.layer.shape or own.layer.matrix_shape == layer_s.matrix_shape)
-        if fits or not _weighed(own):
+        if fits or not own.norm_needs_weight:
             row = replace(row, source_norm=self._norm(own, self.source))
         if layer_s is None:
             return replace(row, outcome=Outcome.NO_SOURCE_LAYER), None
@@ -138,7 +138,7 @@ class Mover:
         return score_layers(self.source, self.target, [layer_s], [layer_t], engine=self.engine)
 
     def _norm(self, own: AdapterLayer, base: Base) -> float:
-        return own.norm(self.engine.weight(base, own.layer.name) if _weighed(own) else None)
+        return own.norm(self.engine.weight(base, own.layer.name) if own.norm_needs_weight else None)
 
     def _finite(self, own: AdapterLayer, method: str, layer_s: Layer, layer_t: Layer) -> tuple[AdapterLayer, int, str]:
         """Return what `_moved` does.
@@ -177,11 +177,6 @@ class Mover:
             B, A = recompress(B, A, self.lora_rank)
             note = "; ".join(filter(None, (note, f"{own.kind} made a LoRA of rank {self.lora_rank}")))
         return _like(own, layer_t, B, A, self.dtype), rank, note
-
-
-def _weighed(own: AdapterLayer) -> bool:
-    """Return whether the norm of an update depends on the weight: that of a LoRA-X is the norm of its delta."""
-    return own.needs_weight and not isinstance(own, LoraXLayer)
 
 
 def _note(source: Layer, target: Layer, space: Subspace) -> str:

@@ -46,11 +46,29 @@ class Naming(StrEnum):
     original = "original"
 
 
+class DType(StrEnum):
+    """How the result is stored."""
+
+    keep = "keep"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Run(StrEnum):
+    """Where a migration runs."""
+
+    local = "local"
+    ray = "ray"
+
+
 METHODS = tuple(map(str, Method))
 MATCHINGS = tuple(map(str, Matching))
 DORA = tuple(map(str, Dora))
 FORMATS = tuple(map(str, Format))
 NAMINGS = tuple(map(str, Naming))
+DTYPES = tuple(map(str, DType))
+RUNS = tuple(map(str, Run))
 # The paper's setting for every pair of bases (arXiv 2501.16559, section 5).
 RANK = 320
 # Of a LoRA that is made of an update of another kind. Ours: no published rule; the report shows what it keeps.

@@ -188,6 +188,11 @@ class AdapterLayer(ABC):
             update = decomposed(update.reshape(weight.shape), weight, parts["dora_scale"])
         return update.reshape(update.shape[0] if not self.layer.shape else self.layer.shape[0], -1)
 
+    @property
+    def norm_needs_weight(self) -> bool:
+        """Whether `norm` depends on the weight of the base."""
+        return self.needs_weight
+
     def check_finite(self) -> None:
         """Check that what was computed did not grow beyond the dtype that it is stored in.
 

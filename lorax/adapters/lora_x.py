@@ -40,6 +40,11 @@ class LoraXLayer(AdapterLayer):
         """The number of singular values `r`."""
         return self.delta.numel()
 
+    @property
+    def norm_needs_weight(self) -> bool:
+        """See the base; the norm is that of `delta`."""
+        return False
+
     def norm(self, weight: Tensor | None = None) -> float:
         """Return `||delta_weight||_F`, which is that of `delta`; no weight is needed."""
         return float(self.delta.double().norm())

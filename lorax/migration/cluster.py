@@ -85,8 +85,7 @@ def _subspace(piece: Piece, device: str, cached: bool) -> Any:
     torch.set_num_threads(ONE)
     file, name, rank, accuracy = piece
     engine = Engine(device, accuracy == "fast", open_cache() if cached else None)
-    space = (engine.subspace if accuracy == "fast" else engine.triplets)(opened(file), name, rank)
-    return np.frombuffer(packed(space), np.uint8)
+    return np.frombuffer(packed(engine.subspace(opened(file), name, rank)), np.uint8)
 
 
 def _move(

@@ -8,9 +8,8 @@ from pathlib import Path, PurePath
 from typing import Any, cast, get_args
 
 from ..errors import FormatError, OptionError
-from ..options import DORA, FORMATS, LORA_RANK, MATCHINGS, METHODS, NAMINGS, THRESHOLD
+from ..options import DORA, DTYPES, FORMATS, LORA_RANK, MATCHINGS, METHODS, NAMINGS, THRESHOLD
 
-DTYPES = ("keep", "float32", "float16", "bfloat16")
 CHOICES = {
     "method": METHODS,
     "matching": MATCHINGS,

@@ -48,12 +48,11 @@ def run_local(
         engine: How and where to compute; each process opens the cache of the user if it has one.
     """
     work = partial(_work, folder=str(folder), device=engine.device, cached=engine.cache is not None)
-    words = {task: (task, previous.get(task.output)) for task in tasks}
     stages = _stages(tasks) if engine.cache is not None else [list(tasks)]
     while any(stages):
-        suspects = yield from _in_pool(work, stages, words, workers)
+        suspects = yield from _in_pool(work, stages, previous, workers)
         for task in suspects:
-            if (yield from _in_pool(work, [[task]], words, 1)):
+            if (yield from _in_pool(work, [[task]], previous, 1)):
                 yield Record(task.name, task.output, "failed", "its process died twice (out of memory?)")
 
 
@@ -73,7 +72,7 @@ def largest_of_each(tasks: Sequence[Task]) -> list[Task]:
 def _in_pool(
     work: Callable[..., Record],
     stages: Sequence[list[Task]],
-    words: Mapping[Task, tuple[Task, Record | None]],
+    previous: Mapping[str, Record],
     workers: int,
 ) -> Generator[Record, None, list[Task]]:
     """Do tasks, stage by stage, taking them out; return those that ran when a process died, if one did."""
@@ -84,7 +83,7 @@ def _in_pool(
                 while waiting or running:
                     while waiting and len(running) < workers:
                         task = waiting.pop(0)
-                        running[pool.submit(work, *words[task])] = task
+                        running[pool.submit(work, task, previous.get(task.output))] = task
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         record = future.result()
                         del running[future]

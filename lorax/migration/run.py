@@ -6,13 +6,12 @@ from pathlib import Path
 
 from ..engine import CPU, Engine
 from ..errors import OptionError
+from ..options import RUNS
 from ..progress import Progress, silent
 from ..version import __version__
 from .job import Task
 from .journal import Journal
 from .work import Record
-
-ENGINES = ("local", "ray")
 
 
 @dataclass(slots=True)
@@ -72,8 +71,8 @@ def migrate(
         OptionError: An option is unknown or out of range.
         OutputError: The output folder is in use, holds a migration without `resume`, or cannot be written.
     """
-    if run not in ENGINES:
-        raise OptionError("unknown engine", run, f"choose one of {', '.join(ENGINES)}")
+    if run not in RUNS:
+        raise OptionError("unknown engine", run, f"choose one of {', '.join(RUNS)}")
     if workers is not None and workers < 1:
         raise OptionError("too few workers", str(workers), "give a number from 1")
     journal = Journal(output, resume=resume)

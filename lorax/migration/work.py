@@ -93,7 +93,7 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
     moved, report = transferred(adapter, task, engine, assignment)
     finished = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_adapter(moved, _inside(folder, task.output), naming=options.naming, inputs=[Path(task.adapter)])
+    save_adapter(moved, path, naming=options.naming, inputs=[Path(task.adapter)])
     written = file_hash(path)
     times = [round(value, 4) for value in (read - start, finished - read, time.perf_counter() - finished)]
     share = report.retained_energy
