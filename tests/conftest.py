@@ -1,8 +1,11 @@
 import os
+import signal
+import sys
 
 # Small tensors: threads that wait for each other cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from hypothesis import settings
 from safetensors.torch import save_file
 
 from demo.synthetic import base_tensors
-from lorax import Base, open_base
+from lorax import Base, cli, open_base
 from lorax.families import Family, families
 from lorax.unet import UNetConfig
 
@@ -62,6 +65,26 @@ def lora_tensors(base: Base, rank: int = 4, seed: int = 0, alpha: float = 2.0) -
             tensors[f"{module}.lora_down.weight"] = torch.randn(rank, *layer.shape[1:], generator=generator)
             tensors[f"{module}.alpha"] = torch.tensor(alpha)
     return tensors
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """The command line in this process: what it printed, and its errors."""
+
+    def call(*words: object, status: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["lorax", *map(str, words)])
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            with pytest.raises(SystemExit) as left:
+                cli.main()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        printed = capsys.readouterr()
+        assert (left.value.code or 0) == status, printed.err
+        assert "Traceback" not in printed.err
+        return printed.out, printed.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

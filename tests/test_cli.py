@@ -17,27 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lorax import cli, load_adapter
+from lorax import load_adapter
 from tests.conftest import lora_tensors, small_base
 from tests.test_transfer import SCHEMA
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*words, status=0):
-        monkeypatch.setattr(sys, "argv", ["lorax", *map(str, words)])
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            with pytest.raises(SystemExit) as left:
-                cli.main()
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        printed = capsys.readouterr()
-        assert (left.value.code or 0) == status, printed.err
-        assert "Traceback" not in printed.err
-        return printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture

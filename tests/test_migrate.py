@@ -1,5 +1,6 @@
 """Migrations: the same bytes however they run, and nothing lost, doubled or damaged by what goes wrong on the way."""
 
+import itertools
 import json
 import os
 import resource
@@ -34,7 +35,7 @@ from lorax.migration.job import Task
 from lorax.migration.journal import JOURNAL, Journal
 from lorax.migration.local import _in_pool, fitting_workers
 from tests.conftest import lora_tensors
-from tests.test_cli import error_of, run  # noqa: F401 - a fixture
+from tests.test_cli import error_of
 
 BROKEN = {"broken/cut.safetensors", "broken/text.safetensors", "broken/base.safetensors"}
 
@@ -180,18 +181,27 @@ def test_a_journal_that_was_cut_short(tasks, tmp_path, expected, cut):
     assert sum(record.status == "kept" for record in summary.records) == len(expected)
 
 
+def kill_one(process, candidates):
+    """Kill the first worker of a running migration that `candidates` finds."""
+    killed = 0
+    while process.poll() is None and not killed:
+        time.sleep(0.005)
+        for child in itertools.islice(candidates(), 1):
+            child.kill()
+            killed += 1
+    assert killed
+
+
 def test_a_killed_worker_costs_nothing(library, bases, tmp_path, expected):
     out = tmp_path / "out"
     process = subprocess.Popen(words(library, bases, out), stderr=subprocess.PIPE)
-    killed = 0
-    while process.poll() is None and not killed:
-        time.sleep(0.02)
+
+    def busy():
         for child in psutil.Process(process.pid).children() if process.poll() is None else []:
             if "spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > 0.5:
-                child.kill()
-                killed += 1
-                break
-    assert killed
+                yield child
+
+    kill_one(process, busy)
     assert process.wait(timeout=120) == 1
     assert contents(out) == expected
 
@@ -211,7 +221,7 @@ def test_what_kills_its_process_is_told_from_what_ran_beside_it(tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     work = import_module("deadly").work
     tasks = [Task("", name, name, "", "") for name in ("good", "poison", "better")]
-    pool = _in_pool(work, [list(tasks)], {task: (task, None) for task in tasks}, 1)
+    pool = _in_pool(work, [list(tasks)], {}, 1)
     found, left = [], None
     while left is None:
         try:
@@ -355,7 +365,7 @@ def test_no_adapters_and_bases_and_results_are_none(library, bases, tmp_path):
     assert [task.name for task in plan_folder(tmp_path, base, bases[1].files[0], Options(), out)] == ["a.safetensors"]
 
 
-def test_command_line(run, library, bases, tmp_path):  # noqa: F811
+def test_command_line(run, library, bases, tmp_path):
     out, err = run(*words(library, bases, tmp_path / "out", "--report", str(tmp_path / "r.json"))[3:], status=1)
     assert "5 done, 0 kept, 3 failed of 8" in out
     assert err.count("failed: broken/") == 3
@@ -371,15 +381,13 @@ def test_command_line(run, library, bases, tmp_path):  # noqa: F811
 def test_a_killed_worker_of_ray_costs_nothing(library, bases, tmp_path, expected):
     out = tmp_path / "out"
     process = subprocess.Popen(words(library, bases, out, "--engine", "ray"), stderr=subprocess.PIPE)
-    killed = 0
-    while process.poll() is None and not killed:
-        time.sleep(0.005)
+
+    def moving():
         for child in psutil.process_iter(["cmdline"]):
             if (child.info["cmdline"] or [""])[0].startswith("ray::_move"):
-                child.kill()
-                killed += 1
-                break
-    assert killed
+                yield child
+
+    kill_one(process, moving)
     assert process.wait(timeout=300) == 1
     assert contents(out) == expected
 

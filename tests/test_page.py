@@ -1,13 +1,11 @@
 """The page of the command line in a real browser: what it shows, how it is used, and what it does with bad data."""
 
 import json
-import signal
-import sys
 
 import jsonschema
 import pytest
 
-from lorax import cli, compare_bases, open_base
+from lorax import compare_bases, open_base
 from lorax.layers import Layer
 from lorax.matching import match_bases
 from lorax.page import page
@@ -58,24 +56,13 @@ def data(pruned):
     return similarity_view(compare_bases(*pruned, attention_only=False), *pruned, match_bases(*pruned))
 
 
-def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["lorax", *map(str, words)])
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert not left.value.code
-
-
 def details(opened):
     return opened.locator(".lorax-details").inner_text()
 
 
-def test_similarity_as_a_page(monkeypatch, show, pruned, tmp_path):
+def test_similarity_as_a_page(run, show, pruned, tmp_path):
     files = [base.files[0] for base in pruned]
-    run(monkeypatch, "similarity", *files, "--layers", "all", "--html", tmp_path / "page.html")
+    run("similarity", *files, "--layers", "all", "--html", tmp_path / "page.html")
     opened = show((tmp_path / "page.html").read_text(encoding="utf-8"))
     blocks = [{layer.block or layer.component for layer in open_base(file).layers.values()} for file in files]
     size = opened.eval_on_selector("canvas", "canvas => [canvas.height, canvas.width]")
@@ -83,10 +70,10 @@ def test_similarity_as_a_page(monkeypatch, show, pruned, tmp_path):
     picture(opened, "page-similarity-light")
 
 
-def test_transfer_as_a_page(monkeypatch, show, bases, lora_file, tmp_path):
+def test_transfer_as_a_page(run, show, bases, lora_file, tmp_path):
     words = ["transfer", lora_file, "--source", bases[0].files[0], "--target", bases[1].files[0]]
     words += ["--output", tmp_path / "out.safetensors", "--threshold", "0.985", "--report", tmp_path / "r.json"]
-    run(monkeypatch, *words, "--html", tmp_path / "page.html")
+    run(*words, "--html", tmp_path / "page.html")
     report = json.loads((tmp_path / "r.json").read_text())
     jsonschema.validate(report, SCHEMA)
     opened = show(
@@ -264,11 +251,11 @@ def test_560_x_560_pairs_do_not_stutter(show):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 700, 1400])
 @pytest.mark.parametrize("what", ["similarity", "transfer"])
-def test_nothing_overlaps(monkeypatch, show, data, bases, lora_file, tmp_path, theme, width, what):
+def test_nothing_overlaps(run, show, data, bases, lora_file, tmp_path, theme, width, what):
     if what == "transfer":
         words = ["transfer", lora_file, "--source", bases[0].files[0], "--target", bases[1].files[0]]
         words += ["--output", tmp_path / "o.safetensors", "--method", "project", "--rank", 4, "--threshold", "0.985"]
-        run(monkeypatch, *words, "--html", tmp_path / "page.html")
+        run(*words, "--html", tmp_path / "page.html")
         html = (tmp_path / "page.html").read_text(encoding="utf-8")
     else:
         html = page(data)

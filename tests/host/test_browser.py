@@ -112,6 +112,13 @@ def queue(page):
     page.wait_for_timeout(300)
 
 
+def compared(page, workflow):
+    """Drop a workflow, queue it, and wait for the map."""
+    drop(page, workflow)
+    queue(page)
+    page.wait_for_selector(".lorax-similarity canvas")
+
+
 def kept(page, kind):
     """What the workflow file keeps of a node's view."""
     return page.evaluate(f"type => ({NODE})(type).properties.lorax", kind)
@@ -178,9 +185,7 @@ def test_the_dragged_threshold_is_what_the_next_queue_uses(host, browser, vue):
     if vue:
         vue_nodes(host)
     with front_end(host, browser, vue) as page:
-        drop(page, graph(rank=80 + vue))
-        queue(page)
-        page.wait_for_selector(".lorax-similarity canvas")
+        compared(page, graph(rank=80 + vue))
         slider = page.locator(".lorax-similarity input[type=range]")
         box = slider.bounding_box()
         middle = box["y"] + box["height"] / 2
@@ -218,9 +223,7 @@ def similarities(data):
 
 def test_both_themes_and_three_zooms(host, browser):
     with front_end(host, browser) as page:
-        drop(page, graph(layers="all", rank=70))
-        queue(page)
-        page.wait_for_selector(".lorax-similarity canvas")
+        compared(page, graph(layers="all", rank=70))
         page.locator(".lorax-similarity .lorax-row >> nth=3").click()
         for theme in ("dark", "light"):
             page.evaluate("theme => app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
@@ -239,9 +242,7 @@ def test_both_themes_and_three_zooms(host, browser):
 def test_the_keys_stay_in_the_view(host, browser):
     """Moving over the map by keyboard moves no node, and pins with Enter; the graph is not queued."""
     with front_end(host, browser) as page:
-        drop(page, graph(rank=60))
-        queue(page)
-        page.wait_for_selector(".lorax-similarity canvas")
+        compared(page, graph(rank=60))
         before = page.evaluate("JSON.stringify(app.graph.nodes.map(({ pos }) => [...pos]))")
         page.locator(".lorax-plot").focus()
         for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Enter"):
@@ -255,9 +256,7 @@ def test_the_keys_stay_in_the_view(host, browser):
 
 def test_a_new_threshold_in_the_transfer_is_seen_and_only_a_free_one_is_set(host, browser):
     with front_end(host, browser) as page:
-        drop(page, graph(rank=50))
-        queue(page)
-        page.wait_for_selector(".lorax-similarity canvas")
+        compared(page, graph(rank=50))
         page.evaluate(f"""() => {{
             const widget = ({NODE})("LoraXTransfer").widgets.find(({{ name }}) => name === "threshold");
             widget.value = 0.5;
@@ -352,9 +351,7 @@ def test_the_loss_of_a_training(host, browser):
 
 def test_in_french(host, browser):
     with front_end(host, browser, locale="fr") as page:
-        drop(page, graph(rank=40))
-        queue(page)
-        page.wait_for_selector(".lorax-similarity canvas")
+        compared(page, graph(rank=40))
         titles = page.evaluate("app.graph.nodes.map(({ title }) => title)")
         assert {"Similarité des sous-espaces", "LoRA-X Transfert", "Charger LoRA-X"} <= set(titles)
         assert "couches seraient transférées" in page.locator(".lorax-similarity .lorax-count").inner_text()
