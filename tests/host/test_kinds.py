@@ -33,7 +33,9 @@ from lorax.adapters import (
     load_adapter,
     save_adapter,
 )
-from lorax.layers import Layer
+from lorax.base import Base
+from lorax.families import UNKNOWN
+from lorax.layers import Layer, LayerTable
 
 LINEAR, CONV, SQUARE = (
     Layer("unet.linear", (32, 16)),
@@ -68,23 +70,16 @@ GLORA_CONV = [
     random(16, 4, 1, 1), random(4, 16, 1, 1, seed=1), random(32, 4, 1, 1, seed=2), random(4, 16, 3, 3, seed=3),
 ]  # fmt: skip
 FOURA = FouraLayer(LINEAR, random(32, 4), random(4, 16, seed=1), 1 + random(4, seed=2), 2.0)
-LORA_X = LoraXLayer(LINEAR, random(16))
 INPUTS, INPUTS_CONV = 1 + random(1, 16), 1 + random(1, 16, 1, 1)
 OUTPUTS, OUTPUTS_CONV = 1 + random(32, 1), 1 + random(32, 1, 1, 1)
 
 
-class Known:
-    """All that expanding a LoRA-X asks of its base."""
-
-    def fused_weight(self, layer, device):
-        return BASE["linear.weight"]
-
-    def fingerprint(self, name):
-        return ""
+SOURCE = Base("made", UNKNOWN, LayerTable([LINEAR]), lambda layer: BASE[f"{layer.path}.weight"], LayerTable([]))
+LORA_X = LoraXLayer(LINEAR, random(16), SOURCE.fingerprint(LINEAR.name))
 
 
 def as_lora(own):
-    B, A = expand(own, Known())
+    B, A = expand(own, SOURCE)
     return LoraLayer(own.layer, B, A)
 
 
