@@ -1,0 +1,85 @@
+"""The base models: a source, its fine-tune, its pruned and distilled version, and one of another width.
+
+`source` learns Google's pictures from scratch. `fine-tune` goes on with Twitter's (as RealVis does from SD 1.5).
+`pruned` has one transformer block of every two and learns what `source` says (as SSD-1B from SDXL). `narrow` is 32
+wide instead of 48, learns Google's pictures from scratch, and shares nothing with the source but the data.
+"""
+
+import math
+from functools import cache
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from lorax.train import train
+
+from . import CACHE, CHECKPOINTS
+from .data import load
+from .model import DROPPED, SIZES, loss, noised, predict, unet
+
+BATCH = 32
+STEPS = {"source": 3000, "fine-tune": 600, "pruned": 1000, "narrow": 3000}
+LEARNING_RATES = {"source": 2e-3, "fine-tune": 5e-4, "pruned": 1e-3, "narrow": 2e-3}
+STYLES = {"source": "google", "fine-tune": "twitter", "pruned": "google", "narrow": "google"}
+
+
+def base(name: str) -> UNet2DConditionModel:
+    """Return a base model; trained on the first call where no checkpoint lies in the repository.
+
+    Args:
+        name: One of SIZES.
+    """
+    model = unet(name)
+    model.load_state_dict(_weights(name))
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def _weights(name: str) -> dict[str, Tensor]:
+    shipped, made = (folder / f"{name}.safetensors" for folder in (CHECKPOINTS, CACHE))
+    if not (shipped.exists() or made.exists()):
+        # Half precision is what is shipped, so it is what is measured.
+        save_file({key: value.half() for key, value in _trained(name).items()}, made)
+    return {key: value.float() for key, value in load_file(shipped if shipped.exists() else made).items()}
+
+
+def _trained(name: str) -> dict[str, Tensor]:
+    torch.manual_seed(len(name))
+    model, data, steps = unet(name), load(), STEPS[name]
+    pictures = data.pictures[STYLES[name]]
+    teacher = base("source") if name in ("fine-tune", "pruned") else None
+    if teacher is not None:
+        kept = {key: value for key, value in teacher.state_dict().items() if key in model.state_dict()}
+        model.load_state_dict(kept)
+
+    def step(call: int) -> Tensor:
+        for group in optimizers[0].param_groups:
+            group["lr"] = LEARNING_RATES[name] * min(1, (call + 1) / 100) * (1 + math.cos(math.pi * call / steps)) / 2
+        chosen = torch.randint(len(pictures), (BATCH,))
+        if name != "pruned":
+            return loss(model, pictures[chosen], data.tokens[chosen])
+        x, t, flow = noised(pictures[chosen])
+        tokens = data.tokens[chosen] * (torch.rand(BATCH) >= DROPPED)[:, None, None]
+        with torch.no_grad():
+            told = predict(teacher, x, t, tokens)
+        said = predict(model, x, t, tokens)
+        return mse_loss(said, told) + mse_loss(said, flow)
+
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def optimizer(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
+        optimizers.append(torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2))
+        return optimizers[0]
+
+    def tell(step: int, value: float) -> None:
+        if step % 100 == 0:
+            print(f"{name}: step {step} of {steps}, loss {value:.4f}", flush=True)
+
+    train(model, step, steps, learning_rate=LEARNING_RATES[name], optimizer=optimizer, seed=0, on_step=tell)
+    return model.state_dict()
+
+
+NAMES = tuple(SIZES)

@@ -1,0 +1,311 @@
+"""One round: for one style and one seed, train every adapter, move it every way, and measure what it does.
+
+A round is a file in results/: `{"style", "seed", "rows": [...], "groups": [...], "cost": {...}}`.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from lorax import Adapter, Base, LoraxError, transfer_adapter
+from lorax.adapters import expand
+from lorax.base import module_base, module_path
+from lorax.linalg import decompose
+from lorax.matching import match_bases
+from lorax.methods import project
+from lorax.similarity import score_layers
+
+from . import RESULTS, ideas
+from .bases import base
+from .data import load
+from .model import generate, held_out_loss
+from .scorer import plain, scorer
+from .tuning import KINDS, tune
+
+PAIRS = ("fine-tune", "pruned", "narrow")
+CEILINGS = ("lora-x", "lora-16")
+PROMPTS, PICTURES, RANK = 24, 64, 24
+Deltas = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to move an adapter.
+
+    Attributes:
+        name: What it is called in the tables.
+        options: Of `transfer_adapter`; or the name of an idea of ours.
+        draws: Whether pictures are drawn too, or only the held-out loss is measured.
+    """
+
+    name: str
+    options: Mapping[str, Any] | str
+    draws: bool = True
+
+
+def product(name: str, draws: bool = True, **options: Any) -> Way:
+    return Way(name, {"rank": RANK, "threshold": -1e9} | options, draws)
+
+
+COPY, PROJECT = product("copy", method="copy"), product("project", method="project")
+COMMON = [
+    COPY,
+    PROJECT,
+    product("subspace-null", method="subspace-null"),
+    *(product(f"project, rank {rank}", False, method="project", rank=rank) for rank in (6, 12, 36, 48, 96)),
+    *(product(f"copy, threshold {t:g}", False, method="copy", threshold=t) for t in (0.0, 0.25, 0.5, 0.75, 0.9)),
+    product("index", False, method="index"),
+    *(Way(idea, idea, False) for idea in ("soft", "blended", "effect kept", "copy rescaled", "project rescaled")),
+    *(Way(idea, idea) for idea in ("weighted", "streams")),
+]
+PUBLISHED = [product(f"{m}, argmax", False, method=m, matching="argmax") for m in ("copy", "project")]
+RESIZED = [
+    product("index", method="index"),
+    product("align", method="align"),
+    product("subspace-null", False, method="subspace-null"),
+    *(Way(idea, idea) for idea in ("streams", "streams rescaled")),
+]
+FIRST = Way("projected first", "projected first")
+SHORT = [COPY, PROJECT, product("subspace-null", False, method="subspace-null")]
+DORA = [product("copy, direction", method="copy"), product("project, dense", method="project", dora="dense")]
+
+
+def ways(kind: str, pair: str) -> list[Way]:
+    """Return how an adapter of a kind is moved to a target."""
+    if pair == "narrow":
+        return RESIZED if kind in CEILINGS else []
+    if kind.startswith("dora"):
+        return DORA
+    if kind not in CEILINGS:
+        return SHORT
+    return COMMON + (PUBLISHED if pair == "pruned" else []) + ([FIRST] if kind == "lora-16" else [])
+
+
+@contextmanager
+def changed(model: UNet2DConditionModel, deltas: Deltas, bases: Base) -> Iterator[UNet2DConditionModel]:
+    """Add updates to the weights, for as long as the `with` lasts."""
+    modules = dict(model.named_modules())
+    weights = {name: modules[module_path(bases.layers[name], modules)].weight for name in deltas}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight += deltas[name].reshape(weight.shape)
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(before[name])
+
+
+def dense(adapter: Adapter, source: Base) -> dict[str, Tensor]:
+    """Return the update of every layer."""
+    found: dict[str, Tensor] = {}
+    for name, own in adapter.layers.items():
+        B, A = expand(own, source)
+        found[name] = B @ A
+    return found
+
+
+class Pair:
+    """Source and one target, with what is known of both."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.models = name, (base("source"), base(name))
+        self.source, self.target = (module_base(model, label) for model, label in zip(self.models, ("source", name)))
+        self.assignment = match_bases(self.source, self.target)
+        self.maps = ideas.streams(self.source, self.target, self.assignment)
+        layers = [layer for layer in self.target.layers.values() if layer.is_attention]
+        self.fed = {layer.name: fed for layer in layers if (fed := self.assignment.source_of(layer.name))}
+        self.scores = {}
+        for name, fed in self.fed.items():
+            layers = self.source.layers[fed], self.target.layers[name]
+            self.scores[name] = score_layers(self.source, self.target, *([layer] for layer in layers))[fed, name]
+
+    def move(self, way: Way, adapter: Adapter, deltas: Deltas) -> tuple[dict[str, Tensor], float]:
+        """Return the updates on the target, and the share of their norm that arrived."""
+        if isinstance(way.options, str):
+            moved = {name: self._idea(way.options, name, deltas[fed]) for name, fed in self.fed.items()}
+            share = _norm(moved) / _norm({name: deltas[fed] for name, fed in self.fed.items()})
+            return moved, share
+        result, report = transfer_adapter(adapter, self.source, self.target, **way.options)
+        before = math.hypot(*(row.source_norm for row in report.rows))
+        return dense(result, self.target), math.hypot(*(row.target_norm for row in report.rows)) / before
+
+    def _idea(self, idea: str, name: str, dW: Tensor) -> Tensor:
+        W_s, W_t = self.source.weight(self.fed[name]), self.target.weight(name)
+        if idea == "projected first":
+            return _projected(_projected(dW, W_s), W_t)
+        if idea in ("streams", "streams rescaled"):
+            moved = ideas.streamed(dW, self.maps[name])
+            return ideas.rescaled(moved, dW, W_s, W_t) if idea.endswith("rescaled") else moved
+        if idea == "blended":
+            return ideas.blended(dW, _projected(dW, W_t), self.scores[name])
+        if idea.endswith(" rescaled"):
+            moved = dW if idea.startswith("copy") else _projected(dW, W_t)
+            return ideas.rescaled(moved, dW, W_s, W_t)
+        return {"soft": ideas.soft, "effect kept": ideas.effect_kept, "weighted": ideas.weighted}[idea](dW, W_s, W_t)
+
+
+def _projected(dW: Tensor, W: Tensor) -> Tensor:
+    B, A = project(dW, torch.eye(dW.shape[1]), decompose(W, RANK))
+    return B @ A
+
+
+def _norm(deltas: Deltas) -> float:
+    return math.hypot(*(float(delta.norm()) for delta in deltas.values()))
+
+
+@cache
+def pair_of(name: str) -> Pair:
+    """Return it, made once."""
+    return Pair(name)
+
+
+class Round:
+    """What is measured for one style and one seed."""
+
+    def __init__(self, style: str, seed: int) -> None:
+        self.style, self.seed, self.rows = style, seed, list[dict[str, Any]]()
+        data = load()
+        measured = data.split("measure")
+        self.held_out = data.pictures[style][measured[:PICTURES]], data.tokens[measured[:PICTURES]]
+        twice = measured[:PROMPTS].repeat(2)
+        self.tokens, self.sentences = data.tokens[twice], data.sentences[twice]
+        self.references: dict[tuple[str, str], Tensor] = {}
+
+    def measure(self, model: UNet2DConditionModel, row: dict[str, Any], *, draws: bool = True) -> Tensor | None:
+        """Add a row with the measures of a model; return its pictures."""
+        row["loss"] = round(held_out_loss(model, *self.held_out), 6)
+        pictures = None
+        if draws:
+            pictures = generate([model], self.tokens, seed=self.seed)
+            reference = self.references.get((row["on"], row["kind"] if row["kind"] in CEILINGS else "lora-16"))
+            row |= plain(scorer().measure(pictures, self.sentences, self.style, reference))
+        self.rows.append(row)
+        return pictures
+
+    def run(self) -> dict[str, Any]:
+        """Train, move and measure all."""
+        adapters = {kind: tune(base("source"), kind, self.style, self.seed) for kind in KINDS}
+        source = module_base(base("source"))
+        deltas = {kind: dense(adapter, source) for kind, adapter in adapters.items()}
+        for kind in KINDS:
+            with changed(base("source"), deltas[kind], source) as model:
+                self.measure(model, {"on": "source", "kind": kind, "way": "trained"})
+        self.measure(base("source"), {"on": "source", "kind": "", "way": "no adapter"})
+        for name in PAIRS:
+            pair = pair_of(name)
+            self._ceilings(pair)
+            self.measure(pair.models[1], {"on": name, "kind": "", "way": "no adapter"})
+            for kind in KINDS:
+                for way in ways(kind, name):
+                    self._moved(pair, kind, way, adapters[kind], deltas[kind])
+        return {
+            "style": self.style,
+            "seed": self.seed,
+            "rows": self.rows,
+            "groups": self._groups(deltas) if self.seed < 2 else [],
+        }
+
+    def _ceilings(self, pair: Pair) -> None:
+        for kind in CEILINGS:
+            trained = tune(pair.models[1], kind, self.style, self.seed)
+            with changed(pair.models[1], dense(trained, pair.target), pair.target) as model:
+                row = {"on": pair.name, "kind": kind, "way": "trained"}
+                self.references[pair.name, kind] = self.measure(model, row)
+
+    def _moved(self, pair: Pair, kind: str, way: Way, adapter: Adapter, deltas: Deltas) -> None:
+        row = {"on": pair.name, "kind": kind, "way": way.name}
+        try:
+            moved, share = pair.move(way, adapter, deltas)
+        except LoraxError as error:
+            self.rows.append(row | {"error": str(error)})
+            return
+        with changed(pair.models[1], moved, pair.target) as model:
+            self.measure(model, row | {"layers": len(moved), "retained": round(share, 5)}, draws=way.draws)
+
+    def _groups(self, deltas: Mapping[str, Deltas]) -> list[dict[str, Any]]:
+        """Measure what the update of one group of layers does alone: on the source, and moved."""
+        found: list[dict[str, Any]] = []
+        for name in ("fine-tune", "pruned"):
+            pair = pair_of(name)
+            groups: dict[str, list[str]] = {}
+            for target in pair.fed:
+                groups.setdefault(group_of(target), []).append(target)
+            plain_loss = [held_out_loss(model, *self.held_out) for model in pair.models]
+            for kind in CEILINGS:
+                for group, targets in groups.items():
+                    at_home = {pair.fed[target]: deltas[kind][pair.fed[target]] for target in targets}
+                    with changed(pair.models[0], at_home, pair.source) as model:
+                        gain = plain_loss[0] - held_out_loss(model, *self.held_out)
+                    for method in ("copy", "project"):
+                        moved = {t: deltas[kind][pair.fed[t]] for t in targets}
+                        if method == "project":
+                            moved = {t: _projected(dW, pair.target.weight(t)) for t, dW in moved.items()}
+                        with changed(pair.models[1], moved, pair.target) as model:
+                            there = plain_loss[1] - held_out_loss(model, *self.held_out)
+                        scores = [pair.scores[target] for target in targets]
+                        found.append(
+                            {
+                                "on": name,
+                                "kind": kind,
+                                "way": method,
+                                "group": group,
+                                "gain_on_source": round(gain, 6),
+                                "gain": round(there, 6),
+                                "similarity": _mean(min(s.phi for s in sides) for sides in scores),
+                                "corrected": _mean(min(s.corrected for s in sides) for sides in scores),
+                                "retained": round(_norm(moved) / _norm(at_home), 5),
+                            }
+                        )
+        return found
+
+
+def group_of(name: str) -> str:
+    """Return the part of the model that a layer belongs to: `down_blocks.0 attn1`."""
+    parts = name.split(".")
+    place = ".".join(parts[1:3]) if parts[1] != "mid_block" else "mid_block"
+    return f"{place} {'attn1' if '.attn1.' in name else 'attn2'}"
+
+
+def _mean(values: Iterator[float]) -> float:
+    found = [value for value in values if not math.isnan(value)]
+    return round(sum(found) / len(found), 5) if found else math.nan
+
+
+def cost(repeats: int = 3) -> dict[str, float]:
+    """Return the seconds of drawing 4 pictures with the target alone, and with the source beside it at each step."""
+    tokens = load().tokens[:4]
+    target, source = base("pruned"), base("source")
+    found = {"target alone": [target], "source beside it": [target, source]}
+    seconds: dict[str, float] = {}
+    for name, models in found.items():
+        times: list[float] = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            generate(models, tokens)
+            times.append(time.perf_counter() - start)
+        seconds[name] = round(min(times[1:]), 3)
+    return seconds
+
+
+def run_round(style: str, seed: int) -> None:
+    """Measure, and write results/<style>-<seed>.json; a round that lies there is not done again."""
+    path = RESULTS / f"{style}-{seed}.json"
+    if path.exists():
+        return
+    start = time.perf_counter()
+    found = Round(style, seed).run() | {"seconds": round(time.perf_counter() - start)}
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{path.name}: {len(found['rows'])} rows in {found['seconds']} s", flush=True)

@@ -1,0 +1,108 @@
+"""Adapters learnt on a base model: LoRA-X by ours, LoRA and DoRA by PEFT, FouRA by its formula; all on attention."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorax import Adapter, load_adapter
+from lorax.adapters import FouraLayer
+from lorax.base import module_base, module_path
+from lorax.layers import Layer
+from lorax.train import attach, train
+
+from .data import load
+from .model import loss
+
+STEPS, BATCH = 120, 16
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+# Kind -> rank, learning rate (the best of 3e-4, 1e-3, 3e-3, 1e-2, 3e-2 on the held-out loss of one training).
+KINDS = {
+    "lora-x": (24, 3e-2),
+    "lora-1": (1, 3e-3),
+    "lora-16": (16, 3e-3),
+    "lora-32": (32, 3e-3),
+    "dora-16": (16, 3e-3),
+    "foura-16": (16, 3e-3),
+}
+
+
+def tune(model: UNet2DConditionModel, kind: str, style: str, seed: int, learning_rate: float | None = None) -> Adapter:
+    """Return an adapter of a style, learnt on a base model, which does not change.
+
+    Args:
+        model: The base model.
+        kind: One of KINDS.
+        style: Whose pictures to learn.
+        seed: Of the training.
+        learning_rate: Another one than that of KINDS.
+    """
+    rank, rate = KINDS[kind]
+    data, chosen = load(), load().split("learn")
+
+    def step(learner: nn.Module) -> Callable[[int], Tensor]:
+        def one(call: int) -> Tensor:
+            batch = chosen[torch.randint(len(chosen), (BATCH,))]
+            return loss(learner, data.pictures[style][batch], data.tokens[batch])
+
+        return one
+
+    def learn(module: nn.Module, learner: nn.Module) -> None:
+        train(module, step(learner), STEPS, learning_rate=learning_rate or rate, seed=seed)
+
+    name, own = f"{kind} {style} {seed}", copy.deepcopy(model)
+    torch.manual_seed(seed)
+    if kind == "lora-x":
+        with attach(own, rank=rank) as layers:
+            learn(layers, own)
+        return layers.adapter(name)
+    if kind.startswith("foura"):
+        foura = Foura(own, rank)
+        learn(foura, own)
+        return foura.adapter(name)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, use_dora=kind.startswith("dora"))
+    wrapped = peft.get_peft_model(own, config)
+    learn(wrapped, wrapped)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter_model.safetensors"
+        save_file(peft.get_peft_model_state_dict(wrapped), path)
+        return load_adapter(path, module_base(model))
+
+
+class Foura(nn.Module):
+    """`y = W x + B Re(F^-1 (gate * F (A x)))`: a LoRA with a learnt gate on the frequencies of its rank axis."""
+
+    def __init__(self, model: UNet2DConditionModel, rank: int) -> None:
+        super().__init__()
+        self.family = module_base(model).family
+        self.layers = [layer for layer in module_base(model).layers.values() if layer.is_attention]
+        modules = dict(model.named_modules())
+        self.down, self.up, self.gate = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for place, layer in enumerate(self.layers):
+            m, n = layer.matrix_shape
+            self.down.append(torch.randn(rank, n) / n**0.5)
+            self.up.append(torch.zeros(m, rank))
+            self.gate.append(torch.ones(rank))
+            modules[module_path(layer, modules)].register_forward_hook(self._adding(place))
+
+    def _adding(self, place: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inner = torch.fft.fft(args[0] @ self.down[place].T, norm="ortho") * self.gate[place]
+            return output + torch.fft.ifft(inner, norm="ortho").real @ self.up[place].T
+
+        return add
+
+    def adapter(self, name: str) -> Adapter:
+        """Return what was learnt."""
+
+        def own(place: int, layer: Layer) -> FouraLayer:
+            return FouraLayer(layer, *(part[place].detach().clone() for part in (self.up, self.down, self.gate)))
+
+        layers = {layer.name: own(place, layer) for place, layer in enumerate(self.layers)}
+        return Adapter(name, self.family, "foura", layers)
