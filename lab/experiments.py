@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from lorax import Adapter, Base, LoraxError, transfer_adapter
+from lorax import Adapter, Base, LoraxError, save_adapter, transfer_adapter
 from lorax.adapters import expand
 from lorax.base import module_base, module_path
 from lorax.linalg import decompose
@@ -24,11 +24,12 @@ from lorax.matching import match_bases
 from lorax.methods import project
 from lorax.similarity import score_layers
 
-from . import RESULTS, ideas
+from . import CACHE, RESULTS, ideas
 from .bases import base
 from .data import load
 from .model import generate, held_out_loss
 from .scorer import plain, scorer
+from .sheets import save_sheet
 from .tuning import KINDS, tune
 
 PAIRS = ("fine-tune", "pruned", "narrow")
@@ -121,7 +122,9 @@ class Pair:
 
     def __init__(self, name: str) -> None:
         self.name, self.models = name, (base("source"), base(name))
-        self.source, self.target = (module_base(model, label) for model, label in zip(self.models, ("source", name)))
+        self.source, self.target = (
+            module_base(model, label) for model, label in zip(self.models, ("source", name), strict=False)
+        )
         self.assignment = match_bases(self.source, self.target)
         self.maps = ideas.streams(self.source, self.target, self.assignment)
         layers = [layer for layer in self.target.layers.values() if layer.is_attention]
@@ -182,6 +185,7 @@ class Round:
         twice = measured[:PROMPTS].repeat(2)
         self.tokens, self.sentences = data.tokens[twice], data.sentences[twice]
         self.references: dict[tuple[str, str], Tensor] = {}
+        self.sheets: dict[str, dict[str, Tensor]] = {}
 
     def measure(self, model: UNet2DConditionModel, row: dict[str, Any], *, draws: bool = True) -> Tensor | None:
         """Add a row with the measures of a model; return its pictures."""
@@ -192,12 +196,17 @@ class Round:
             reference = self.references.get((row["on"], row["kind"] if row["kind"] in CEILINGS else "lora-16"))
             row |= plain(scorer().measure(pictures, self.sentences, self.style, reference))
         self.rows.append(row)
+        if pictures is not None and row["kind"] in ("lora-x", ""):
+            self.sheets.setdefault(row["on"], {})[row["way"]] = pictures
         return pictures
 
     def run(self) -> dict[str, Any]:
         """Train, move and measure all."""
         adapters = {kind: tune(base("source"), kind, self.style, self.seed) for kind in KINDS}
         source = module_base(base("source"))
+        if self.seed == 0:
+            for kind in CEILINGS:
+                save_adapter(adapters[kind], CACHE / f"{kind}-{self.style}.safetensors")
         deltas = {kind: dense(adapter, source) for kind, adapter in adapters.items()}
         for kind in KINDS:
             with changed(base("source"), deltas[kind], source) as model:
@@ -216,6 +225,14 @@ class Round:
             "rows": self.rows,
             "groups": self._groups(deltas) if self.seed < 2 else [],
         }
+
+    def sheet(self, pair: str) -> dict[str, Tensor]:
+        """Return the rows of a contact sheet, the LoRA-X adapter's, name -> pictures."""
+        found = {"source": self.sheets["source"]["no adapter"], "source + adapter": self.sheets["source"]["trained"]}
+        found["target"] = self.sheets[pair]["no adapter"]
+        moved = {way: p for way, p in self.sheets[pair].items() if way not in ("no adapter", "trained")}
+        found |= {f"target + {way}": pictures for way, pictures in moved.items()}
+        return found | {"target + trained on it": self.sheets[pair]["trained"]}
 
     def _ceilings(self, pair: Pair) -> None:
         for kind in CEILINGS:
@@ -305,7 +322,11 @@ def run_round(style: str, seed: int) -> None:
     if path.exists():
         return
     start = time.perf_counter()
-    found = Round(style, seed).run() | {"seconds": round(time.perf_counter() - start)}
+    own = Round(style, seed)
+    found = own.run() | {"seconds": round(time.perf_counter() - start)}
     RESULTS.mkdir(exist_ok=True)
+    if seed == 0:
+        for pair in PAIRS:
+            save_sheet(RESULTS / f"{style}-{pair}.png", own.sheet(pair))
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{path.name}: {len(found['rows'])} rows in {found['seconds']} s", flush=True)

@@ -4,6 +4,7 @@ A picture goes in as 48 channels of 8 x 8 (every 4 x 4 pixels are one place). `x
 predicts `noise - x` (rectified flow, arXiv 2209.03003).
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -83,7 +84,7 @@ def generate(models: Sequence[UNet2DConditionModel], tokens: Tensor, seed: int =
     x = torch.randn(len(tokens), 3 * PATCH**2, 8, 8, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([tokens, torch.zeros_like(tokens)])
     times = torch.linspace(1, 0, steps + 1)
-    for t, after in zip(times[:-1], times[1:], strict=True):
+    for t, after in itertools.pairwise(times):
         flows = [predict(model, x.repeat(2, 1, 1, 1), t.expand(len(both)), both) for model in models]
         told, untold = flows[0].chunk(2)
         x = x + (after - t) * (untold + GUIDANCE * (told - untold))

@@ -10,8 +10,9 @@ from .base import ADAPTER_KEY, open_base
 from .errors import FormatError, LoraxError
 from .tensorfile import TensorFile
 
-# Numbers of a dense update whose norm is worth telling: a small file can stand for a very large one.
-DENSE = 2**27
+# Numbers of a dense update whose norm is worth its memory (0.8 GB): a small file can stand for a very large one. The
+# largest layer of FLUX.1 has 2^25.8.
+DENSE = 2**26
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:

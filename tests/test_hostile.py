@@ -140,17 +140,30 @@ def test_a_rank_above_its_layer_costs_what_the_file_costs(tmp_path, pair):
 def test_a_bomb_is_not_unfolded_to_be_described(tmp_path):
     """A small file stands for a dense update of more numbers than are worth their norm."""
     side = int(DENSE**0.5) + 1
-    tensors = {
-        f"lora_unet_x.hada_w{i}_{s}": torch.ones(side, 1) if s == "a" else torch.ones(1, side)
-        for i in "12"
-        for s in "ab"
-    }
-    save_file(tensors, tmp_path / "a.safetensors")
+    save_file(_loha(side), tmp_path / "a.safetensors")
     start = time.process_time()
     facts = describe(tmp_path / "a.safetensors")
     assert facts["norm"] is None
     assert facts["rows"][0]["shape"] == [side, side]
     assert time.process_time() - start < 1
+
+
+def test_the_largest_that_is_unfolded_fits_the_memory(tmp_path):
+    side = int(DENSE**0.5)
+    save_file(_loha(side), tmp_path / "a.safetensors")
+    program = "import sys, lorax.inspect as i; print(i.describe(sys.argv[1])['norm']); "
+    program += "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    told = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "a.safetensors"], capture_output=True, text=True, check=True
+    )
+    norm, peak = map(float, told.stdout.split())
+    assert norm == pytest.approx(side, rel=1e-6)
+    assert peak < 1.3 * 2**20  # KiB: torch itself, and three matrices of float32
+
+
+def _loha(side):
+    shapes = {"a": (side, 1), "b": (1, side)}
+    return {f"lora_unet_x.hada_w{i}_{s}": torch.ones(shapes[s]) for i in "12" for s in "ab"}
 
 
 def test_many_tensors_take_no_second(tmp_path):

@@ -208,7 +208,9 @@ class AdapterLayer(ABC):
         Raises:
             MismatchError: As in `delta_weight`.
         """
-        return norm(*self.factors()) if self.is_thin else float(self.delta_weight(weight).double().norm())
+        if self.is_thin:
+            return norm(*self.factors())
+        return float(torch.linalg.vector_norm(self.delta_weight(weight), dtype=torch.float64))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is written after `<module>.`, in the spelling of kohya and LyCORIS, `alpha` included."""

@@ -53,7 +53,7 @@ class LohaLayer(ScaledLayer):
 
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         first, second = (_rebuilt(parts, number) for number in "12")
-        return first * second * self.scale
+        return first.mul_(second).mul_(self.scale)  # both are new here
 
     def _row_axes(self) -> dict[str, int] | None:
         axis = 0 if self.hada_t1 is None else 1

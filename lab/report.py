@@ -1,0 +1,241 @@
+"""docs/results.md, made of the stored results: `python -m lab report`."""
+
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from . import HERE, RESULTS
+from .bases import NAMES
+from .experiments import CEILINGS, PAIRS
+
+DOCS = HERE.parent / "docs"
+Row = dict[str, Any]
+# arXiv 2501.16559: what its tables say, for the rows that ours stand beside.
+PUBLISHED_2 = {"lora-x": "+3.7 %, 0.16 MB", "lora-32": "-27.8 %, 34.07 MB", "lora-16": "-10.1 %", "lora-1": "-12.5 %"}
+PUBLISHED_3 = {"dora-16": "-9.1 and -10.7 % (r 8)", "foura-16": "-4.7 % (r 64)"}
+
+
+class Results:
+    """Every row of every round, with the measures of its own seed beside it.
+
+    A row gains `closed`, the share of the gap between no adapter and the adapter trained on the target that is closed
+    on the loss of held-out pictures; `style_change`, the change of the style score against the trained one; and
+    `diversity_change`.
+    """
+
+    def __init__(self, folder: Path = RESULTS) -> None:
+        rounds = [json.loads(path.read_text()) for path in sorted(folder.glob("*-[0-9]*.json"))]
+        self.styles = sorted({found["style"] for found in rounds})
+        self.seeds = {style: sum(found["style"] == style for found in rounds) for style in self.styles}
+        self.rows = [row for found in rounds for row in _compared(found)]
+        self.groups = [row | {"style": found["style"]} for found in rounds for row in found["groups"]]
+        self.seconds = [found["seconds"] for found in rounds]
+
+    def of(self, measure: str, **where: str) -> list[float]:
+        """Return a measure of the rows where `on`, `kind`, `way` or `style` are as given."""
+        found = [row for row in self.rows if all(row[key] == value for key, value in where.items())]
+        return [row[measure] for row in found if not math.isnan(row.get(measure, math.nan))]
+
+    def ways(self, **where: str) -> list[str]:
+        """Return the ways that were measured, the best closed gap first."""
+        found = {row["way"] for row in self.rows if all(row[key] == value for key, value in where.items())}
+        return sorted(found, key=lambda way: -statistics.fmean(self.of("closed", way=way, **where) or [-9.0]))
+
+
+def _compared(found: Row) -> list[Row]:
+    rows = {(row["on"], row["kind"], row["way"]): row for row in found["rows"]}
+    compared: list[Row] = []
+    for (on, kind, _), row in rows.items():
+        row = row | {"style_name": found["style"], "seed": found["seed"]}
+        own = kind if kind in CEILINGS else "lora-16"
+        none, trained = rows[on, "", "no adapter"], rows.get((on, own, "trained"))
+        if "loss" in row and trained is not None:
+            row["closed"] = (none["loss"] - row["loss"]) / (none["loss"] - trained["loss"])
+        if "style" in row and trained is not None:
+            row["style_change"] = 100 * (row["style"] / trained["style"] - 1)
+            row["diversity_change"] = 100 * (row["diversity"] / trained["diversity"] - 1)
+        compared.append(row)
+    return compared
+
+
+def told(values: Sequence[float], form: str = ".3f") -> str:
+    """Return mean and standard error."""
+    if not values:
+        return "-"
+    mean = format(statistics.fmean(values), form)
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(values) / len(values) ** 0.5, form.replace('+', ''))}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Return the ranks, those of equal values averaged."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values
+    ]
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the rank correlation; NaN where it has none."""
+    try:
+        return statistics.correlation(ranks(a), ranks(b))
+    except statistics.StatisticsError:
+        return math.nan
+
+
+def pairs_and_styles(results: Results) -> str:
+    """Return the table in the shape of the published Table 1."""
+    rows: list[list[str]] = []
+    for on in PAIRS:
+        for style in results.styles:
+            for way in (
+                "trained",
+                *(("project", "copy") if on != "narrow" else ("index", "align", "streams")),
+                "no adapter",
+            ):
+                kind = "" if way == "no adapter" else "lora-x"
+                of = _reader(results, on=on, kind=kind, way=way, style_name=style)
+                change = [of("style_change", "+.1f"), of("diversity_change", "+.1f")] if kind else ["", ""]
+                feature = of("feature") if way != "trained" else "1"
+                rows.append(
+                    [f"source to {on}", style, way, of("style"), *change, feature, of("prompt"), of("closed", ".2f")]
+                )
+    head = ["bases", "style", "LoRA-X", "style score", "its change, %", "diversity's change, %", "feature similarity",
+            "prompt", "gap closed"]  # fmt: skip
+    return table(head, rows)
+
+
+def _reader(results: Results, **where: str) -> Callable[..., str]:
+    return lambda measure, form=".3f": told(results.of(measure, **where), form)
+
+
+def kinds(results: Results, on: str, names: dict[str, str]) -> str:
+    """Return the table in the shape of the published Tables 2 and 3."""
+    rows: list[list[str]] = []
+    for kind, published in names.items():
+        for way in results.ways(on=on, kind=kind):
+            if way == "trained" or not results.of("style", on=on, kind=kind, way=way):
+                continue
+            of = _reader(results, on=on, kind=kind, way=way)
+            rows.append(
+                [
+                    kind,
+                    way,
+                    of("style"),
+                    of("style_change", "+.1f"),
+                    of("closed", ".2f"),
+                    of("retained", ".2f"),
+                    published,
+                ]
+            )
+            published = ""
+    head = ["adapter", "moved by", "style score", "against trained on the target, %", "gap closed", "norm that arrived",
+            "published, HPSv2"]  # fmt: skip
+    return table(head, rows)
+
+
+def all_ways(results: Results, kind: str) -> str:
+    """Return the closed gap of every way on every pair, the best of the fine-tune first."""
+    order = [*results.ways(on="fine-tune", kind=kind)]
+    order += [way for on in PAIRS[1:] for way in results.ways(on=on, kind=kind) if way not in order]
+    rows = [
+        [way, *(told(results.of("closed", on=on, kind=kind, way=way), ".3f") for on in PAIRS)]
+        for way in dict.fromkeys(order)
+        if way != "trained"
+    ]
+    return table(["moved by", *(f"source to {on}" for on in PAIRS)], rows)
+
+
+def against_copy(results: Results) -> str:
+    """Return, for every way, in how many comparisons of one seed it closed more of the gap than copying."""
+    keyed = {
+        (r["on"], r["kind"], r["style_name"], r["seed"], r["way"]): r["closed"] for r in results.rows if "closed" in r
+    }
+    rows: list[list[str]] = []
+    for way in sorted({key[-1] for key in keyed} - {"copy", "trained", "no adapter"}):
+        both = [
+            (value, keyed[*key[:-1], "copy"])
+            for key, value in keyed.items()
+            if key[-1] == way and (*key[:-1], "copy") in keyed
+        ]
+        if both:
+            gains = [ours - copy for ours, copy in both]
+            rows.append([way, f"{sum(gain > 0 for gain in gains)} of {len(gains)}", told(gains, "+.4f")])
+    rows.sort(key=lambda row: -float(row[2].split()[0]))
+    return table(["moved by", "better than copy", "difference of the closed gap"], rows)
+
+
+def predictors(results: Results, path: Path) -> str:
+    """Return what foretells the share of a layer group's gain that arrives; draw it."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
+    rows: list[list[str]] = []
+    names = {"similarity": "similarity", "corrected": "corrected similarity", "retained": "norm that arrived"}
+    useful = [row for row in results.groups if row["gain_on_source"] > 1e-3]
+    for axis, (measure, name) in zip(axes, names.items(), strict=True):
+        for way, colour in (("copy", "#0072b2"), ("project", "#d55e00")):
+            found = [(row[measure], row["gain"] / row["gain_on_source"]) for row in useful if row["way"] == way]
+            axis.scatter(*zip(*found, strict=True), s=14, color=colour, label=way, alpha=0.7)
+            x, y = zip(*found, strict=True)
+            rows.append([way, name, f"{spearman(x, y):+.2f}", str(len(found))])
+        axis.set_xlabel(name)
+        axis.axhline(1, color="#999999", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("gain on the target / on the source")
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return table(["moved by", "predictor", "rank correlation", "layer groups"], sorted(rows))
+
+
+def write() -> None:
+    """Write docs/results.md and its pictures."""
+    results = Results()
+    images = DOCS / "images"
+    sheets: list[str] = []
+    for path in sorted(RESULTS.glob("*.png")):
+        shutil.copy(path, images / f"lab-{path.name}")
+        style, _, on = path.stem.partition("-")
+        sheets.append(f"**{style}, source to {on}**\n\n![LoRA-X of the style {style}, {on}](images/lab-{path.name})\n")
+    cost = json.loads((RESULTS / "cost.json").read_text())
+    beside, alone = cost["source beside it"], cost["target alone"]
+    parts = {
+        "SEEDS": ", ".join(f"{style}: {count}" for style, count in results.seeds.items()),
+        "HOURS": f"{sum(results.seconds) / 3600:.1f}",
+        "BASES": ", ".join(NAMES),
+        "TABLE_1": pairs_and_styles(results),
+        "TABLE_2": kinds(results, "fine-tune", PUBLISHED_2),
+        "TABLE_3": kinds(results, "pruned", PUBLISHED_3 | {"lora-x": "", "lora-16": ""}),
+        "TABLE_4": table(
+            ["drawing 4 pictures", "seconds", "published (SSD-1B to SDXL)"],
+            [
+                ["target with a transferred adapter", f"{alone:.2f}", "LoRA-X 3.7 s"],
+                [
+                    "source beside the target at each step",
+                    f"{beside:.2f} ({beside / alone:.1f} times)",
+                    "X-Adapter 17.1 s (4.6 times)",
+                ],
+            ],
+        ),
+        "WAYS_LORA_X": all_ways(results, "lora-x"),
+        "WAYS_LORA": all_ways(results, "lora-16"),
+        "AGAINST_COPY": against_copy(results),
+        "PREDICTORS": predictors(results, images / "lab-predictors.png"),
+        "SHEETS": "\n".join(sheets),
+    }
+    text = (HERE / "results.template.md").read_text()
+    for name, part in parts.items():
+        text = text.replace(f"{{{name}}}", part.rstrip("\n"))
+    (DOCS / "results.md").write_text(text)
