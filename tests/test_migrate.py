@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from importlib import import_module
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -34,6 +36,8 @@ from lorax.migration import Options, migrate, plan_folder, plan_manifest
 from lorax.migration.job import Task
 from lorax.migration.journal import JOURNAL, Journal
 from lorax.migration.local import _in_pool, fitting_workers
+from lorax.migration.run import Summary
+from lorax.migration.work import Record
 from tests.conftest import lora_tensors
 from tests.test_cli import error_of
 
@@ -281,6 +285,34 @@ def test_a_journal_nested_without_end_counts_as_not_written(tasks, tmp_path):
     assert journal.records == {}
 
 
+FIELDS = [field.name for field in fields(Record)]
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.lists(st.text()),
+    st.dictionaries(st.text(), st.text()),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.dictionaries(st.sampled_from(FIELDS), ODD)), sound=st.booleans())
+def test_a_journal_of_anything_gives_sound_records_only(tmp_path, lines, sound):
+    known = Record("a", "a", "done", layers=3, retained=0.5, warnings=["w"], seconds=[1.0, 2])
+    written = [asdict(known) | line for line in lines] + [asdict(known)] * sound
+    (tmp_path / JOURNAL).write_text("\n".join(json.dumps(line) for line in written) + "\n")
+    journal = Journal(tmp_path, resume=True)
+    journal.close()
+    for record in journal.records.values():
+        Summary([record, replace(record, status="kept")]).to_json()
+        assert isinstance(record.output, str)
+        assert sum(record.seconds) + record.layers + record.arrived + (record.retained or 0) is not None
+        assert ", ".join([record.name, record.status, record.error, record.output_hash, *record.warnings]) is not None
+    assert not sound or journal.records["a"] == known
+
+
 def test_no_output_through_a_link(tasks, tmp_path):
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     out.mkdir()
@@ -347,11 +379,39 @@ MOVE = 'adapters = "a.safetensors"\nsource = "s"\ntarget = "t"\n'
         ("[[move]]\nadapters = '/etc/*'\nsource = 's'\ntarget = 't'", "leads out"),
         ("[[move]]\nadapters = 'none*'\nsource = 's'\ntarget = 't'", "finds no adapter"),
         ("\x00", "not a manifest"),
+        ("move = " + "[" * 100_000, "not a manifest"),
+        ("[[move]]\nadapters = 'a**b'\nsource = 's'\ntarget = 't'", "pattern"),
+        ("[[move]]\nadapters = '*'\nsource = \"s\\u0000\"\ntarget = 't'", "cannot be a file"),
     ],
 )
 def test_what_a_manifest_cannot_be(library, tmp_path, text, message):
     with pytest.raises(LoraxError, match=message):
         plan_manifest(manifest(tmp_path, text), library, Options())
+
+
+HOSTILE = st.one_of(
+    st.sampled_from(
+        ["", "*", "**", "**/*", "a**", "../*", "/etc/*", "[", "*" * 300, "x" * 5000, "\x00", "\x1b[2J", "~", "a\nb"]
+    ),
+    st.text(max_size=20),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    move=st.fixed_dictionaries(
+        {"adapters": HOSTILE, "source": HOSTILE, "target": HOSTILE}, optional={"rank": st.integers(), "method": HOSTILE}
+    )
+)
+def test_a_manifest_of_anything_is_read_or_refused(library, tmp_path, move):
+    text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in move.items())
+    path = manifest(tmp_path, "[[move]]\n" + text)
+    try:
+        tasks = plan_manifest(path, library, Options())
+    except LoraxError:
+        return
+    assert all((library / task.output).resolve().is_relative_to(library) for task in tasks)
+    assert all(Path(task.adapter).is_relative_to(library) for task in tasks)
 
 
 def test_no_adapters_and_bases_and_results_are_none(library, bases, tmp_path):

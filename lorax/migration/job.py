@@ -89,7 +89,7 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
     """
     try:
         moves: Any = tomllib.loads(manifest.read_text(encoding="utf-8")).get("move")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError("not a manifest", f"{manifest}: {error}", MANIFEST) from error
     if not isinstance(moves, list) or not moves:
         raise FormatError("not a manifest", f"{manifest} has no [[move]]", MANIFEST)
@@ -103,7 +103,10 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
         pattern, source, target = str(paths[0]), *(manifest.parent / str(path) for path in paths[1:])
         if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
             raise FormatError("a pattern leads out of the folder", f"{place}: {pattern}", "give one below the folder")
-        found = _below(folder, pattern, [source, target], without)
+        try:
+            found = _below(folder, pattern, [source, target], without)
+        except (ValueError, OSError) as error:
+            raise FormatError("a pattern or path that cannot be a file's", f"{place}: {error}", MANIFEST) from error
         if not found:
             raise FormatError("a pattern finds no adapter", f"{place}: {pattern} below {folder}", "check the pattern")
         changed = replace(options, **_options(given, place))

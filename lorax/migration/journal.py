@@ -85,5 +85,21 @@ class Journal:
                 record = Record(**parse_json(line))
             except (ValueError, TypeError):
                 continue
-            records[record.output] = record
+            if _is_sound(record):
+                records[record.output] = record
         return records
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether each field has the type that it is written with."""
+    plain = asdict(record)
+    lists = {"warnings": plain.pop("warnings"), "seconds": plain.pop("seconds")}
+    retained, layers, arrived = (plain.pop(name) for name in ("retained", "layers", "arrived"))
+    return (
+        all(isinstance(text, str) for text in plain.values())
+        and all(type(count) is int for count in (layers, arrived))
+        and (retained is None or type(retained) in (int, float))
+        and all(isinstance(values, list) for values in lists.values())
+        and all(isinstance(text, str) for text in lists["warnings"])
+        and all(type(value) in (int, float) for value in lists["seconds"])
+    )
