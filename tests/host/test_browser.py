@@ -353,7 +353,7 @@ def test_in_french(host, browser):
     with front_end(host, browser, locale="fr") as page:
         compared(page, graph(rank=40))
         titles = page.evaluate("app.graph.nodes.map(({ title }) => title)")
-        assert {"Similarité des sous-espaces", "LoRA-X Transfert", "Charger LoRA-X"} <= set(titles)
+        assert {"Similarité des sous-espaces", "Transfert LoRA-X", "Charger LoRA-X"} <= set(titles)
         assert "couches seraient transférées" in page.locator(".lorax-similarity .lorax-count").inner_text()
         assert page.get_by_role("button", name="Copier le texte").count() == 1
         picture(page, "french")
