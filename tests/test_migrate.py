@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, fields, replace
 from importlib import import_module
@@ -233,6 +235,22 @@ def test_what_kills_its_process_is_told_from_what_ran_beside_it(tmp_path, monkey
         except StopIteration as end:
             left = [task.name for task in end.value]
     assert (found, left) == (["good"], ["poison"])
+
+
+def test_a_worker_killed_between_two_adapters_costs_nothing(tasks, tmp_path, expected):
+    """The pool is broken when the next adapter is handed to it."""
+    threads = set(threading.enumerate())
+
+    def progress(done, total, name):
+        if done == 1:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            for thread in set(threading.enumerate()) - threads:  # they end when they have seen it
+                thread.join(60)
+
+    summary = migrate(tasks, tmp_path / "out", workers=1, progress=progress)
+    assert {record.name for record in summary.records if record.status == "failed"} == BROKEN
+    assert contents(tmp_path / "out") == expected
 
 
 def test_workers_fit_the_memory(tasks, monkeypatch):

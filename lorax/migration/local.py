@@ -82,8 +82,8 @@ def _in_pool(
             for waiting in stages:
                 while waiting or running:
                     while waiting and len(running) < workers:
-                        task = waiting.pop(0)
-                        running[pool.submit(work, task, previous.get(task.output))] = task
+                        future = pool.submit(work, waiting[0], previous.get(waiting[0].output))
+                        running[future] = waiting.pop(0)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         record = future.result()
                         del running[future]
