@@ -296,6 +296,27 @@ def test_an_output_folder_that_cannot_be_is_named(tasks, tmp_path):
         migrate(tasks, tmp_path / "file" / "out")
 
 
+def test_an_empty_journal_is_no_migration(tasks, tmp_path):
+    (tmp_path / JOURNAL).touch()
+    Journal(tmp_path, resume=False).close()
+
+
+def test_ray_that_is_missing_is_named_before_anything_is_made(library, bases, tmp_path):
+    """In a Python that has every package but Ray."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(torch.__file__).parents[1].iterdir():
+        if entry.name != "ray":
+            (packages / entry.name).symlink_to(entry)
+    command = words(library, bases, tmp_path / "out", "--engine", "ray")
+    environment = os.environ | {"PYTHONPATH": str(packages)}
+    end = subprocess.run([command[0], "-S", *command[1:]], env=environment, capture_output=True, text=True, check=False)
+    assert (end.returncode, end.stderr.count("\n")) == (1, 1), end.stderr
+    assert "error: the engine ray needs Ray" in end.stderr
+    assert "pip install ray" in end.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_journal_nested_without_end_counts_as_not_written(tasks, tmp_path):
     (tmp_path / JOURNAL).write_text("[" * 100_000 + "\n")
     journal = Journal(tmp_path, resume=True)

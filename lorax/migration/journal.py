@@ -36,7 +36,7 @@ class Journal:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            if self.path.exists() and not resume:
+            if not resume and self.path.exists() and self.path.stat().st_size:  # empty: no adapter was finished
                 fix = "add --resume to go on with it, or choose another folder"
                 raise OutputError("the output folder holds a migration already", str(folder), fix)
             self.records = self._read()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from ..engine import CPU, Engine
@@ -68,13 +69,19 @@ def migrate(
         What became of every task.
 
     Raises:
-        OptionError: An option is unknown or out of range.
+        OptionError: An option is unknown or out of range, or Ray is wanted and missing.
         OutputError: The output folder is in use, holds a migration without `resume`, or cannot be written.
     """
     if run not in RUNS:
         raise OptionError("unknown engine", run, f"choose one of {', '.join(RUNS)}")
     if workers is not None and workers < 1:
         raise OptionError("too few workers", str(workers), "give a number from 1")
+    if run == "ray":
+        try:
+            import_module("ray")
+        except ImportError as error:
+            fix = "pip install ray, or choose the engine local"
+            raise OptionError("the engine ray needs Ray", str(error), fix) from error
     journal = Journal(output, resume=resume)
     try:
         found: dict[str, Record] = {}
