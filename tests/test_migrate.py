@@ -464,6 +464,20 @@ def test_no_adapters_and_bases_and_results_are_none(library, bases, tmp_path):
     assert [task.name for task in plan_folder(tmp_path, base, bases[1].files[0], Options(), out)] == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("base", ["other.safetensors", "pipe"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_no_base_of_any_move_is_an_adapter(library, tmp_path, base, order):
+    for name in ("a", "first", "other", "pipe/unet/other"):
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((library / "a.safetensors").read_bytes())
+    moves = [("**/*.safetensors", "first.safetensors", "x"), ("a*", base, "y")][::order]
+    text = "".join(f"[[move]]\nadapters = '{a}'\nsource = '{s}'\ntarget = '{t}'\n" for a, s, t in moves)
+    left = {"a.safetensors", "other.safetensors", "pipe/unet/other.safetensors"}
+    tasks = plan_manifest(manifest(tmp_path, text), tmp_path, Options())
+    assert {task.name for task in tasks} == {name for name in left if not name.startswith(base)}
+
+
 def test_command_line(run, library, bases, tmp_path):
     out, err = run(*words(library, bases, tmp_path / "out", "--report", str(tmp_path / "r.json"))[3:], status=1)
     assert "5 done, 0 kept, 3 failed of 8" in out

@@ -71,7 +71,8 @@ def plan_folder(folder: Path, source: Path, target: Path, options: Options, with
     Raises:
         FormatError: There is none.
     """
-    found = _below(folder, "**/*.safetensors", [source, target], without)
+    apart = {path.resolve() for path in (source, target, without) if path}
+    found = _below(folder, "**/*.safetensors", apart)
     if not found:
         raise FormatError("no adapter to migrate", f"no safetensors file below {folder}", "give another folder")
     return _named([_task(folder, file, source, target, options) for file in found])
@@ -81,7 +82,7 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
     """Return the tasks that a manifest describes: TOML, a list of `[[move]]`.
 
     A move has `adapters`, a file or a pattern below the folder; `source` and `target`, relative to the manifest; and
-    options of a transfer by their names, for those that differ from `options`.
+    options of a transfer by their names, for those that differ from `options`. No base of any move is an adapter.
 
     Raises:
         FormatError: It is no manifest, or a pattern finds nothing.
@@ -93,7 +94,8 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
         raise FormatError("not a manifest", f"{manifest}: {error}", MANIFEST) from error
     if not isinstance(moves, list) or not moves:
         raise FormatError("not a manifest", f"{manifest} has no [[move]]", MANIFEST)
-    tasks: list[Task] = []
+    apart = {without.resolve()} if without else set[Path]()
+    planned: list[tuple[str, str, Path, Path, Options]] = []
     for number, move in enumerate(cast("list[Any]", moves), 1):
         place = f"{manifest}, move {number}"
         given: dict[str, Any] = dict(cast("dict[str, Any]", move)) if isinstance(move, dict) else {}
@@ -104,12 +106,18 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
         if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
             raise FormatError("a pattern leads out of the folder", f"{place}: {pattern}", "give one below the folder")
         try:
-            found = _below(folder, pattern, [source, target], without)
+            apart |= {source.resolve(), target.resolve()}
         except (ValueError, OSError) as error:
-            raise FormatError("a pattern or path that cannot be a file's", f"{place}: {error}", MANIFEST) from error
+            raise FormatError("a path that cannot be a file's", f"{place}: {error}", MANIFEST) from error
+        planned.append((place, pattern, source, target, replace(options, **_options(given, place))))
+    tasks: list[Task] = []
+    for place, pattern, source, target, changed in planned:
+        try:
+            found = _below(folder, pattern, apart)
+        except (ValueError, OSError) as error:
+            raise FormatError("a pattern that cannot be a file's", f"{place}: {error}", MANIFEST) from error
         if not found:
             raise FormatError("a pattern finds no adapter", f"{place}: {pattern} below {folder}", "check the pattern")
-        changed = replace(options, **_options(given, place))
         tasks += [_task(folder, file, source, target, changed) for file in found]
     return _named(tasks)
 
@@ -136,12 +144,10 @@ def _options(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     return dict(given)
 
 
-def _below(folder: Path, pattern: str, bases: list[Path], without: Path | None) -> list[Path]:
-    given = [base.resolve() for base in bases]
+def _below(folder: Path, pattern: str, apart: set[Path]) -> list[Path]:
+    """Return the safetensors files that a pattern finds, except what is or lies in one of `apart`, resolved paths."""
     files = [file for file in folder.glob(pattern) if file.suffix == ".safetensors" and file.is_file()]
-    if without is not None:
-        files = [file for file in files if not file.resolve().is_relative_to(without.resolve())]
-    return sorted(file for file in files if not any(file.resolve().is_relative_to(base) for base in given))
+    return sorted(file for file in files if apart.isdisjoint([(real := file.resolve()), *real.parents]))
 
 
 def _task(folder: Path, file: Path, source: Path, target: Path, options: Options) -> Task:
