@@ -41,6 +41,8 @@ class Options:
 class Task:
     """One adapter to be moved.
 
+    The planned ones have absolute paths: a process of a cluster runs in another folder.
+
     Attributes:
         adapter: The file to read.
         name: What reports call it: its path below the folder of the job.
@@ -153,7 +155,7 @@ def _below(folder: Path, pattern: str, apart: set[Path]) -> list[Path]:
 def _task(folder: Path, file: Path, source: Path, target: Path, options: Options) -> Task:
     check_options(options)
     name = file.relative_to(folder).as_posix()
-    return Task(str(file), name, name, str(source), str(target), options)
+    return Task(str(file.absolute()), name, name, str(source.absolute()), str(target.absolute()), options)
 
 
 def _named(tasks: Iterable[Task]) -> list[Task]:
