@@ -6,7 +6,7 @@ BIN := .venv/bin
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: .venv/.cli  ## Transfer an adapter between two made base models; results in demo/out
+demo: .venv/.demo  ## Transfer an adapter between two small trained models and draw with it; results in demo/out
 	$(BIN)/python -m demo
 
 test: .venv/.dev  ## Run the tests, and those inside ComfyUI (its library always, a real server where one is found)
@@ -44,13 +44,13 @@ format: .venv/.dev  ## Format the code
 clean:  ## Remove .venv and everything that was made
 	rm -rf .venv demo/out *.egg-info tests/web/node_modules screenshots
 
-.venv/.cli: pyproject.toml
+.venv/.demo: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cli]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
 .venv/.dev: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/notcomfy notcomfy==0.1.0
-	@touch $@ .venv/.cli
+	@touch $@ .venv/.demo

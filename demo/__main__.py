@@ -1,72 +1,60 @@
-"""`make demo`: the main job on two base models made from a seed, the U-Net of Stable Diffusion 1.5 but narrower."""
+"""`make demo`: the main job on two small diffusion models that were trained in the laboratory, and pictures of it.
+
+The source knows Google's emoji. The target is its pruned and distilled version, with one of every two transformer
+blocks, as SSD-1B is of SDXL. The adapters learnt the style of Fluent emoji on the source.
+"""
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
-from lorax import Adapter, Base, LoraLayer, LoraXLayer, open_base, save_adapter
-from lorax.families import families
-
-from .synthetic import base_tensors
+from lab import CHECKPOINTS
+from lab.applied import changed, dense
+from lab.bases import base
+from lab.model import generate
+from lab.sheets import save_sheet
+from lorax import load_adapter
+from lorax.base import module_base
 
 OUT = Path(__file__).parent / "out"
 
 
 def main() -> None:
-    """Make bases and adapters, and run the command line on them as a user would."""
+    """Run the command line as a user would, and draw."""
     OUT.mkdir(exist_ok=True)
-    family = families()["sd1"]
-    narrow = replace(family, unet=replace(family.unet, model_channels=96), text_encoders=())
-    print("Making two base models, the second a changed copy of the first, and two adapters for the first ...")
-    for name, change in (("source", 0.0), ("target", 0.15)):
-        save_file(base_tensors(narrow, 1, change=change), OUT / f"{name}.safetensors")
-    source = open_base(OUT / "source.safetensors")
-    _make_lora(source, OUT / "lora.safetensors")
-    _make_lora_x(source, OUT / "lora_x.safetensors")
-    bases = ["--source", "source.safetensors", "--target", "target.safetensors"]
-    _run("inspect", "lora_x.safetensors")
-    _run(
-        "similarity", "source.safetensors", "target.safetensors", "--png", "similarity.png", "--json", "similarity.json"
-    )
+    bases = [str(CHECKPOINTS / "source.safetensors"), str(CHECKPOINTS / "pruned.safetensors")]
+    both = ["--source", bases[0], "--target", bases[1], "--rank", "24"]
+    lora_x, lora = (str(CHECKPOINTS / f"{kind}-fluent.safetensors") for kind in ("lora-x", "lora-16"))
+    _run("inspect", lora_x)
+    _run("similarity", *bases, "--png", "similarity.png", "--json", "similarity.json", "--html", "similarity.html")
     files = ["--report", "transfer.json", "--png", "transfer.png"]
-    _run("transfer", "lora_x.safetensors", *bases, "--rank", "64", "-o", "transferred.safetensors", *files)
-    _run("transfer", "lora.safetensors", *bases, "-o", "transferred_lora.safetensors", "--report", "transfer_lora.json")
+    _run("transfer", lora_x, *both, "-o", "transferred.safetensors", *files)
+    _run("transfer", lora, *both, "-o", "transferred_lora.safetensors", "--report", "transfer_lora.json")
+    print("\nDrawing with both models, without and with the adapter ...")
+    save_sheet(OUT / "pictures.png", _pictures(lora_x))
     print(f"\nIn {OUT}:")
     for path in sorted(OUT.iterdir()):
         print(f"  {path.stat().st_size / 1e6:8.2f} MB  {path.name}")
 
 
 def _run(*words: str) -> None:
-    print("\n$ lorax " + " ".join(words), flush=True)
+    print("\n$ lorax " + " ".join(Path(word).name if "/" in word else word for word in words), flush=True)
     subprocess.run([sys.executable, "-m", "lorax", *words], cwd=OUT, check=True)
 
 
-def _make_lora(source: Base, path: Path, rank: int = 8) -> None:
-    """Write a LoRA in kohya naming on all attention layers, its update a twentieth of each weight."""
-    generator = torch.Generator().manual_seed(7)
-    layers: dict[str, LoraLayer] = {}
-    for name, layer in source.layers.items():
-        if layer.is_attention and layer.component == "unet":
-            m, n = layer.matrix_shape
-            up, down = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
-            up *= 0.05 * source.weight(name).norm() / (up @ down).norm()
-            layers[name] = LoraLayer(layer, up.half(), down.half(), float(rank))
-    save_adapter(Adapter(path.name, source.family, "kohya", layers), path)
-
-
-def _make_lora_x(source: Base, path: Path, rank: int = 64) -> None:
-    """Write a LoRA-X on all attention layers: a change of the leading singular values."""
-    generator = torch.Generator().manual_seed(8)
-    layers = {
-        name: LoraXLayer(layer, 0.05 * torch.randn(rank, generator=generator), source.fingerprint(name))
-        for name, layer in source.layers.items()
-        if layer.is_attention and layer.component == "unet"
-    }
-    save_adapter(Adapter(path.name, source.family, "lora-x", layers), path)
+def _pictures(lora_x: str) -> dict[str, torch.Tensor]:
+    tokens = load_file(CHECKPOINTS / "prompts.safetensors")["tokens"].float()
+    rows: dict[str, torch.Tensor] = {}
+    for name, adapter in (("source", lora_x), ("pruned", str(OUT / "transferred.safetensors"))):
+        model = base(name)
+        known = module_base(model)
+        rows[name] = generate([model], tokens)
+        with changed(model, dense(load_adapter(adapter, known), known), known):
+            rows[f"{name} + {'adapter' if name == 'source' else 'transferred'}"] = generate([model], tokens)
+    return rows
 
 
 if __name__ == "__main__":

@@ -12,16 +12,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from lorax.train import train
 
 from . import CACHE, CHECKPOINTS
 from .data import load
-from .model import DROPPED, SIZES, loss, noised, predict, unet
+from .model import DROPPED, SIZES, error, loss, noised, predict, unet
 
 BATCH = 32
-STEPS = {"source": 3000, "fine-tune": 600, "pruned": 1000, "narrow": 3000}
+STEPS = {"source": 2400, "fine-tune": 400, "pruned": 800, "narrow": 3000}
 LEARNING_RATES = {"source": 2e-3, "fine-tune": 5e-4, "pruned": 1e-3, "narrow": 2e-3}
 STYLES = {"source": "google", "fine-tune": "twitter", "pruned": "google", "narrow": "google"}
 
@@ -61,12 +60,12 @@ def _trained(name: str) -> dict[str, Tensor]:
         chosen = torch.randint(len(pictures), (BATCH,))
         if name != "pruned":
             return loss(model, pictures[chosen], data.tokens[chosen])
-        x, t, flow = noised(pictures[chosen])
+        x_t, t, x = noised(pictures[chosen])
         tokens = data.tokens[chosen] * (torch.rand(BATCH) >= DROPPED)[:, None, None]
         with torch.no_grad():
-            told = predict(teacher, x, t, tokens)
-        said = predict(model, x, t, tokens)
-        return mse_loss(said, told) + mse_loss(said, flow)
+            told = predict(teacher, x_t, t, tokens)
+        said = predict(model, x_t, t, tokens)
+        return (error(said, told, t) + error(said, x, t)).mean()
 
     optimizers: list[torch.optim.Optimizer] = []
 

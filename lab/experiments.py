@@ -6,8 +6,7 @@ A round is a file in results/: `{"style", "seed", "rows": [...], "groups": [...]
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,15 +15,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from lorax import Adapter, Base, LoraxError, save_adapter, transfer_adapter
-from lorax.adapters import expand
-from lorax.base import module_base, module_path
+from lorax import Adapter, LoraxError, save_adapter, transfer_adapter
+from lorax.base import module_base
 from lorax.linalg import decompose
 from lorax.matching import match_bases
 from lorax.methods import project
 from lorax.similarity import score_layers
 
 from . import CACHE, RESULTS, ideas
+from .applied import Deltas, changed, dense
 from .bases import base
 from .data import load
 from .model import generate, held_out_loss
@@ -35,7 +34,6 @@ from .tuning import KINDS, tune
 PAIRS = ("fine-tune", "pruned", "narrow")
 CEILINGS = ("lora-x", "lora-16")
 PROMPTS, PICTURES, RANK = 24, 64, 24
-Deltas = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,32 +87,6 @@ def ways(kind: str, pair: str) -> list[Way]:
     if kind not in CEILINGS:
         return SHORT
     return COMMON + (PUBLISHED if pair == "pruned" else []) + ([FIRST] if kind == "lora-16" else [])
-
-
-@contextmanager
-def changed(model: UNet2DConditionModel, deltas: Deltas, bases: Base) -> Iterator[UNet2DConditionModel]:
-    """Add updates to the weights, for as long as the `with` lasts."""
-    modules = dict(model.named_modules())
-    weights = {name: modules[module_path(bases.layers[name], modules)].weight for name in deltas}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight += deltas[name].reshape(weight.shape)
-    try:
-        yield model
-    finally:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(before[name])
-
-
-def dense(adapter: Adapter, source: Base) -> dict[str, Tensor]:
-    """Return the update of every layer."""
-    found: dict[str, Tensor] = {}
-    for name, own in adapter.layers.items():
-        B, A = expand(own, source)
-        found[name] = B @ A
-    return found
 
 
 class Pair:
@@ -295,7 +267,7 @@ def group_of(name: str) -> str:
     return f"{place} {'attn1' if '.attn1.' in name else 'attn2'}"
 
 
-def _mean(values: Iterator[float]) -> float:
+def _mean(values: Iterable[float]) -> float:
     found = [value for value in values if not math.isnan(value)]
     return round(sum(found) / len(found), 5) if found else math.nan
 

@@ -1,7 +1,7 @@
 """The models: diffusers' U-Net, small, with Stable Diffusion's layer names; flow matching on 32 px pictures.
 
-A picture goes in as 48 channels of 8 x 8 (every 4 x 4 pixels are one place). `x_t = (1 - t) x + t noise`, the model
-predicts `noise - x` (rectified flow, arXiv 2209.03003).
+A picture goes in as 48 channels of 8 x 8 (every 4 x 4 pixels are one place). `x_t = (1 - t) x + t noise` (rectified
+flow, arXiv 2209.03003). The model predicts the picture `x`: noise would not fit through so few channels.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-PATCH, DROPPED, GUIDANCE, STEPS = 4, 0.1, 2.0, 10
+PATCH, DROPPED, GUIDANCE, STEPS, LEAST = 4, 0.1, 2.0, 10, 0.2
 # width of the first level, transformer blocks in each attention module
 SIZES = {"source": (48, 2), "fine-tune": (48, 2), "pruned": (48, 1), "narrow": (32, 2)}
 
@@ -40,34 +40,38 @@ def unet(name: str) -> UNet2DConditionModel:
 
 
 def predict(model: UNet2DConditionModel, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-    """Return the flow at `x [b, 48, 8, 8]`, `t [b]` in 0 to 1, for captions `tokens [b, 12, 768]`."""
+    """Return the picture seen in `x [b, 48, 8, 8]` at `t [b]`, 0 to 1, for captions `tokens [b, 12, 768]`."""
     return model(x, 1000 * t, tokens, return_dict=False)[0]
 
 
 def noised(pictures: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `x_t`, `t` (logit-normal) and the flow to predict, for pictures `[b, 3, 32, 32]`."""
+    """Return `x_t`, `t` (logit-normal) and the `x` to predict, for pictures `[b, 3, 32, 32]`."""
     x = pixel_unshuffle(pictures, PATCH)
     t = torch.sigmoid(torch.randn(len(x), generator=generator))
     noise = torch.randn(x.shape, generator=generator)
     mix = t[:, None, None, None]
-    return (1 - mix) * x + mix * noise, t, noise - x
+    return (1 - mix) * x + mix * noise, t, x
+
+
+def error(predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """Return the squared error of the flow `(x_t - x) / t`, `[b]`; less noise than LEAST counts as LEAST."""
+    return (predicted - x).square().mean((1, 2, 3)) / t.clamp_min(LEAST).square()
 
 
 def loss(model: UNet2DConditionModel, pictures: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean squared error of the flow; a tenth of the captions is left out, for guidance."""
-    x, t, flow = noised(pictures)
+    """Return the mean error; a tenth of the captions is left out, for guidance."""
+    x_t, t, x = noised(pictures)
     kept = (torch.rand(len(x)) >= DROPPED)[:, None, None]
-    return (predict(model, x, t, tokens * kept) - flow).square().mean()
+    return error(predict(model, x_t, t, tokens * kept), x, t).mean()
 
 
 @torch.no_grad()
 def held_out_loss(model: UNet2DConditionModel, pictures: Tensor, tokens: Tensor, repeats: int = 4) -> float:
     """Return the loss on pictures that were not learnt from, always with the same noise."""
     generator = torch.Generator().manual_seed(1)
-    x, t, flow = noised(pictures.repeat(repeats, 1, 1, 1), generator)
-    parts = zip(*(part.split(128) for part in (x, t, flow, tokens.repeat(repeats, 1, 1))), strict=True)
-    errors = [(predict(model, x, t, text) - flow).square().mean((1, 2, 3)) for x, t, flow, text in parts]
-    return float(torch.cat(errors).mean())
+    known = *noised(pictures.repeat(repeats, 1, 1, 1), generator), tokens.repeat(repeats, 1, 1)
+    parts = zip(*(part.split(128) for part in known), strict=True)
+    return float(torch.cat([error(predict(model, x_t, t, text), x, t) for x_t, t, x, text in parts]).mean())
 
 
 @torch.no_grad()
@@ -85,7 +89,7 @@ def generate(models: Sequence[UNet2DConditionModel], tokens: Tensor, seed: int =
     both = torch.cat([tokens, torch.zeros_like(tokens)])
     times = torch.linspace(1, 0, steps + 1)
     for t, after in itertools.pairwise(times):
-        flows = [predict(model, x.repeat(2, 1, 1, 1), t.expand(len(both)), both) for model in models]
-        told, untold = flows[0].chunk(2)
-        x = x + (after - t) * (untold + GUIDANCE * (told - untold))
+        seen = [predict(model, x.repeat(2, 1, 1, 1), t.expand(len(both)), both) for model in models]
+        told, untold = seen[0].chunk(2)
+        x = x + (after - t) / t * (x - (untold + GUIDANCE * (told - untold)))
     return pixel_shuffle(x, PATCH).clamp(-1, 1)

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from lorax.migration.journal import JOURNAL, Journal
 from lorax.migration.local import _in_pool, fitting_workers
 from lorax.migration.run import Summary
 from lorax.migration.work import Record
-from tests.conftest import lora_tensors
+from tests.conftest import lora_tensors, small_base
 from tests.test_cli import error_of
 
 BROKEN = {"broken/cut.safetensors", "broken/text.safetensors", "broken/base.safetensors"}
@@ -124,6 +125,30 @@ def test_what_is_in_a_result_and_its_record(tasks, tmp_path):
     assert metadata["lorax_source_identity"] == open_base(tasks[0].source).identity()
     assert metadata["lorax_target_identity"] == open_base(tasks[0].target).identity()
     json.dumps(summary.to_json(), allow_nan=False)
+
+
+def test_relative_paths_mean_the_same_on_ray(library, tmp_path, monkeypatch):
+    """On a cluster that was started in another folder."""
+    import ray
+
+    def told(summary):
+        return [replace(record, seconds=[]) for record in summary.records]
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        shutil.copytree(library, tmp_path / "loras")
+        for name, change in (("s", 0), ("t", 0.2)):
+            (tmp_path / name / "unet").mkdir(parents=True)
+            small_base(tmp_path / name / "unet" / "model.safetensors", change=change)
+        monkeypatch.chdir(tmp_path / "s")
+        tasks = plan_folder(Path("../loras"), Path(), Path("../t"), Options(method="copy"))
+        here = migrate(tasks, Path("here"), workers=1)
+        there = migrate(tasks, Path("there"), run="ray")
+    finally:
+        ray.shutdown()
+    assert told(here) == told(there)
+    assert {record.name for record in here.records if record.status == "failed"} == BROKEN
+    assert contents(Path("here")) == contents(Path("there"))
 
 
 def test_resume_does_only_what_is_missing_or_changed(tasks, library, tmp_path):
@@ -350,6 +375,53 @@ def test_a_journal_of_anything_gives_sound_records_only(tmp_path, lines, sound):
         assert sum(record.seconds) + record.layers + record.arrived + (record.retained or 0) is not None
         assert ", ".join([record.name, record.status, record.error, record.output_hash, *record.warnings]) is not None
     assert not sound or journal.records["a"] == known
+
+
+@pytest.fixture
+def own(library, bases, tmp_path):
+    """A library whose files may be damaged: one adapter, a base that is a file and one that is a folder, a manifest."""
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "pipe" / "unet").mkdir(parents=True)
+    shutil.copy(library / "a.safetensors", tmp_path / "loras" / "base.safetensors")
+    shutil.copy(bases[0].files[0], tmp_path / "base.safetensors")
+    shutil.copy(bases[1].files[0], tmp_path / "pipe" / "unet" / "base.safetensors")
+    manifest(tmp_path, "[[move]]\nadapters = '*'\nsource = 'base.safetensors'\ntarget = 'pipe'\nmethod = 'copy'\n")
+    return tmp_path
+
+
+INPUTS = ["loras/base.safetensors", "base.safetensors", "pipe/unet/base.safetensors", "moves.toml"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_report_replaces_no_input(run, own, name, linked):
+    before = contents(own)
+    path = own / name
+    if linked:
+        path = own / "link"
+        path.symlink_to(own / name)
+    words = ["migrate", own / "loras", "--manifest", own / "moves.toml", "-o", own / "out", "--report", path]
+    assert "the output is one of the inputs" in error_of(run, *words)
+    path.unlink() if linked else None
+    assert contents(own) == before
+    assert not (own / "out").exists()
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_no_result_replaces_an_input(own, name):
+    """The output folder is that of an input, or holds a link to one."""
+    before = contents(own)
+    (task,) = plan_manifest(own / "moves.toml", own / "loras", Options())
+    out = (own / name).parent
+    if name == "moves.toml":
+        out = own / "out"
+        out.mkdir()
+        (out / task.output).hardlink_to(own / name)
+        before = contents(own)
+    with pytest.raises(OutputError, match="one of the inputs"):
+        migrate([task], out, workers=1, inputs=[own / "moves.toml"])
+    assert contents(own) == before
+    assert not (out / JOURNAL).exists()
 
 
 def test_no_output_through_a_link(tasks, tmp_path):
