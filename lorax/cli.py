@@ -1,9 +1,10 @@
-"""The command line: `lorax inspect | similarity | transfer | migrate | convert | cache`."""
+"""The command line: `lorax inspect | similarity | transfer | migrate | convert | evaluate | cache`."""
 
 import json
 import math
 import signal
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -255,7 +256,7 @@ def migrate(
     cache: CacheOption = True,
 ) -> None:
     """Move a whole library of adapters; interrupted, it goes on where it was. Status 1 if any adapter failed."""
-    from .migration import Options, plan_folder, plan_manifest
+    from .migration import Options, input_files, plan_folder, plan_manifest
     from .migration import migrate as run
     from .tensorfile import check_output, write_bytes
 
@@ -270,8 +271,9 @@ def migrate(
     else:
         fix = "give --source and --target, or --manifest"
         raise OptionError("the bases are missing, or given twice", "see --source, --target, --manifest", fix)
+    inputs = [manifest] if manifest else []
     if report_file:
-        check_output(report_file, [Path(task.adapter) for task in tasks])
+        check_output(report_file, [*input_files(tasks), *inputs])
     with bar("migrating") as progress:
         summary = run(
             tasks,
@@ -281,6 +283,7 @@ def migrate(
             workers=workers,
             gpu_share=gpu_share,
             resume=resume,
+            inputs=inputs,
             progress=progress,
         )
     if report_file:
@@ -382,6 +385,28 @@ def _engine(device: Device, cache: bool, *, fast: bool = False) -> "Engine":
     from .engine import Engine
 
     return Engine(_device(device), fast, open_cache() if cache else None)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures; the caption of x.png is in x.txt.")],
+    hpsv2: Annotated[Path | None, typer.Option(help="Folder of HPSv2 as a Hugging Face CLIP model.")] = None,
+    lpips: Annotated[Path | None, typer.Option(help="AlexNet's weights, safetensors: diversity by LPIPS.")] = None,
+    dinov2: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face DINOv2; needs --reference.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Pictures of the same names to compare with.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Score pictures with weights that you have: HPSv2, LPIPS diversity, DINOv2 similarity."""
+    from .evaluate import evaluate as scored
+
+    found = asdict(scored(folder, hpsv2=hpsv2, lpips=lpips, dinov2=dinov2, reference=reference, device=_device(device)))
+    if as_json:
+        say.print(json.dumps(found, indent=1), markup=False)
+        return
+    for name, value in found.items():
+        if value is not None:
+            say.print(f"{name.replace('_', ' '):<16} {value:.4g}", markup=False)
 
 
 def _device(device: Device) -> str:
