@@ -379,49 +379,56 @@ def test_a_journal_of_anything_gives_sound_records_only(tmp_path, lines, sound):
 
 @pytest.fixture
 def own(library, bases, tmp_path):
-    """A library whose files may be damaged: one adapter, a base that is a file and one that is a folder, a manifest."""
-    (tmp_path / "loras").mkdir()
-    (tmp_path / "pipe" / "unet").mkdir(parents=True)
-    shutil.copy(library / "a.safetensors", tmp_path / "loras" / "base.safetensors")
-    shutil.copy(bases[0].files[0], tmp_path / "base.safetensors")
-    shutil.copy(bases[1].files[0], tmp_path / "pipe" / "unet" / "base.safetensors")
-    manifest(tmp_path, "[[move]]\nadapters = '*'\nsource = 'base.safetensors'\ntarget = 'pipe'\nmethod = 'copy'\n")
+    """A library whose files may be damaged: an adapter, a base that is a file and one that is a folder."""
+    files = (library / "a.safetensors", "loras"), (bases[0].files[0], "."), (bases[1].files[0], "pipe/unet")
+    for file, folder in files:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / folder / "same.safetensors")
+    manifest(
+        tmp_path, f"[[move]]\nadapters = '*'\nsource = '{tmp_path}/same.safetensors'\ntarget = '{tmp_path}/pipe'\n"
+    )
     return tmp_path
 
 
-INPUTS = ["loras/base.safetensors", "base.safetensors", "pipe/unet/base.safetensors", "moves.toml"]
+INPUTS = ["loras/same.safetensors", "same.safetensors", "pipe/unet/same.safetensors"]
 
 
 @pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("name", [*INPUTS, "moves.toml"])
 def test_the_report_replaces_no_input(run, own, name, linked):
-    before = contents(own)
     path = own / name
     if linked:
         path = own / "link"
         path.symlink_to(own / name)
+    before = contents(own)
     words = ["migrate", own / "loras", "--manifest", own / "moves.toml", "-o", own / "out", "--report", path]
-    assert "the output is one of the inputs" in error_of(run, *words)
-    path.unlink() if linked else None
+    assert "is one of the inputs" in error_of(run, *words)
     assert contents(own) == before
     assert not (own / "out").exists()
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("name", INPUTS)
-def test_no_result_replaces_an_input(own, name):
-    """The output folder is that of an input, or holds a link to one."""
+def test_no_result_replaces_an_adapter_or_a_base(own, name, damaged):
+    if damaged:
+        (own / name).write_bytes(b"damaged")
     before = contents(own)
-    (task,) = plan_manifest(own / "moves.toml", own / "loras", Options())
-    out = (own / name).parent
-    if name == "moves.toml":
-        out = own / "out"
-        out.mkdir()
-        (out / task.output).hardlink_to(own / name)
-        before = contents(own)
-    with pytest.raises(OutputError, match="one of the inputs"):
-        migrate([task], out, workers=1, inputs=[own / "moves.toml"])
+    tasks = plan_manifest(own / "moves.toml", own / "loras", Options())
+    with pytest.raises(OutputError, match="is one of the inputs"):
+        migrate(tasks, (own / name).parent, workers=1)
     assert contents(own) == before
-    assert not (out / JOURNAL).exists()
+    assert not list(own.rglob(f"*{JOURNAL}*"))
+
+
+@pytest.mark.parametrize("name", ["same.safetensors", JOURNAL])
+def test_neither_a_result_nor_the_journal_replaces_the_manifest(run, own, name):
+    (own / "out").mkdir()
+    path = (own / "moves.toml").rename(own / "out" / name)
+    before = path.read_bytes()
+    words = ["migrate", own / "loras", "--manifest", path, "-o", own / "out", "--resume"]
+    assert "is one of the inputs" in error_of(run, *words)
+    assert list((own / "out").iterdir()) == [path]
+    assert path.read_bytes() == before
 
 
 def test_no_output_through_a_link(tasks, tmp_path):

@@ -2,6 +2,7 @@
 
 from .job import Options as Options
 from .job import Task as Task
+from .job import input_files as input_files
 from .job import plan_folder as plan_folder
 from .job import plan_manifest as plan_manifest
 from .run import Summary as Summary

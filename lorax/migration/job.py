@@ -2,12 +2,13 @@
 
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Any, cast, get_args
 
-from ..errors import FormatError, OptionError
+from ..base import open_base
+from ..errors import FormatError, LoraxError, OptionError
 from ..options import DORA, DTYPES, FORMATS, LORA_RANK, MATCHINGS, METHODS, NAMINGS, THRESHOLD
 
 CHOICES = {
@@ -122,6 +123,19 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
             raise FormatError("a pattern finds no adapter", f"{place}: {pattern} below {folder}", "check the pattern")
         tasks += [_task(folder, file, source, target, changed) for file in found]
     return _named(tasks)
+
+
+def input_files(tasks: Sequence[Task]) -> list[Path]:
+    """Return the files that tasks read, which no output may replace."""
+    bases = {base for task in tasks for base in (task.source, task.target)}
+    return [Path(task.adapter) for task in tasks] + [file for base in bases for file in _base_files(Path(base))]
+
+
+def _base_files(base: Path) -> list[Path]:
+    try:
+        return open_base(base).files
+    except LoraxError:  # it will be said of each task; what it consists of is not known
+        return [base, *base.rglob("*.safetensors")]
 
 
 def check_options(options: Options) -> None:

@@ -1,17 +1,17 @@
 """Running a migration from its tasks to its summary."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 
 from ..engine import CPU, Engine
-from ..errors import OptionError
+from ..errors import OptionError, OutputError
 from ..options import RUNS
 from ..progress import Progress, silent
 from ..version import __version__
-from .job import Task
-from .journal import Journal
+from .job import Task, input_files
+from .journal import JOURNAL, Journal
 from .work import Record
 
 
@@ -48,6 +48,7 @@ def migrate(
     workers: int | None = None,
     gpu_share: float = 0.0,
     resume: bool = False,
+    inputs: Sequence[Path] = (),
     progress: Progress = silent,
 ) -> Summary:
     """Move every adapter of a job.
@@ -63,6 +64,7 @@ def migrate(
         workers: How many processes; None: one for each core, within the memory.
         gpu_share: On Ray, the share of a GPU that a task takes.
         resume: Go on with the migration that the output folder holds: what is done and unchanged is kept.
+        inputs: Files that must not be replaced, beside the adapters and bases; such as a manifest.
         progress: Called with (done, total, adapter).
 
     Returns:
@@ -70,7 +72,8 @@ def migrate(
 
     Raises:
         OptionError: An option is unknown or out of range, or Ray is wanted and missing.
-        OutputError: The output folder is in use, holds a migration without `resume`, or cannot be written.
+        OutputError: The output folder is in use, holds a migration without `resume`, or cannot be written; or an output
+            is one of the inputs.
     """
     if run not in RUNS:
         raise OptionError("unknown engine", run, f"choose one of {', '.join(RUNS)}")
@@ -82,6 +85,7 @@ def migrate(
         except ImportError as error:
             fix = "pip install ray, or choose the engine local"
             raise OptionError("the engine ray needs Ray", str(error), fix) from error
+    _check_outputs([output / JOURNAL, *(output / task.output for task in tasks)], [*input_files(tasks), *inputs])
     journal = Journal(output, resume=resume)
     try:
         found: dict[str, Record] = {}
@@ -93,6 +97,23 @@ def migrate(
     finally:
         journal.close()
     return Summary([found[task.output] for task in tasks])
+
+
+def _check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """As `lorax.tensorfile.check_output` for many files, whose folders need not be there."""
+    kept = set(map(_place, inputs)) - {None}
+    for path in outputs:
+        if _place(path) in kept:
+            raise OutputError("an output is one of the inputs", str(path), "choose another output folder")
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file on the disk from any other, by whatever path or link; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _records(
