@@ -20,7 +20,7 @@ from lorax.train import attach, train
 from .data import load
 from .model import loss
 
-STEPS, BATCH = 120, 16
+STEPS, BATCH = 100, 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 # Kind -> rank, learning rate (the best of 3e-4, 1e-3, 3e-3, 1e-2, 3e-2 on the held-out loss of one training).
 KINDS = {

@@ -75,7 +75,7 @@ def test_hpsv2_is_the_cosine_of_picture_and_caption(pictures, weights):
         text = "a cat" if number < 3 else "a dog"
         with torch.no_grad():
             out = model(**processor(text=[text], images=picture, return_tensors="pt"))
-        scores.append(float(out.logits_per_image) / float(model.logit_scale.exp()))
+            scores.append(float(out.logits_per_image / model.logit_scale.exp()))
     found = evaluate(pictures[0], hpsv2=weights / "hpsv2")
     assert found.hpsv2 == pytest.approx(sum(scores) / 5, abs=1e-5)
     assert (found.pictures, found.dinov2, found.lpips_diversity) == (5, None, None)
