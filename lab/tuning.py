@@ -22,8 +22,8 @@ from .model import loss
 
 STEPS, BATCH = 100, 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-# Kind -> rank, learning rate: the best on the held-out loss of one training, of 1e-2, 3e-2 and 1e-1 for LoRA-X, of 1e-3 and
-# 3e-3 for LoRA, whose rate the others have.
+# Kind -> rank, learning rate: the best on the held-out loss of one training, of 1e-2, 3e-2 and 1e-1 for LoRA-X, of 1e-3
+# and 3e-3 for LoRA, whose rate the others have.
 KINDS = {
     "lora-x": (24, 1e-1),
     "lora-1": (1, 3e-3),
