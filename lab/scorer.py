@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorax.train import train
 
-from . import CACHE
+from . import CACHE, CHECKPOINTS
 from .data import STYLES, load
 
 EPOCHS, BATCH = 10, 64
@@ -76,11 +76,11 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def scorer() -> Scorer:
     """Return the judge; trained on the first call."""
-    path = CACHE / "scorer.safetensors"
-    if not path.exists():
-        save_file(_trained().state_dict(), path)
+    shipped, made = (folder / "scorer.safetensors" for folder in (CHECKPOINTS, CACHE))
+    if not (shipped.exists() or made.exists()):
+        save_file(_trained().state_dict(), made)
     model = Scorer()
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(load_file(shipped if shipped.exists() else made))
     return model.eval()
 
 
