@@ -34,6 +34,7 @@ PROFILE ?= full
 bench: .venv/.dev  ## Time, peak memory and error on full-size bases (PROFILE=smoke: small ones); JSON in benchmarks/results
 	$(BIN)/python -m benchmarks --profile $(PROFILE)
 	$(BIN)/python -m benchmarks.spectra --profile $(PROFILE)
+	$(BIN)/python -m benchmarks.migrate --profile $(PROFILE)
 
 install: .venv/.dev  ## Set up .venv with all that development needs
 
