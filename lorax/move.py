@@ -114,7 +114,7 @@ class Mover:
         if layer_t is None:
             return replace(row, outcome=Outcome.NO_TARGET_LAYER), None
         sizes, sizes_t = layer_s.matrix_shape, layer_t.matrix_shape
-        method = _method(self.method, own, resized=sizes != sizes_t)
+        method = self.method if self.method != "auto" else "copy" if sizes == sizes_t else "align"
         if method in ("copy", "project", "subspace-null") and sizes != sizes_t:
             note = f"{method} needs equal sizes, source {sizes}, target {sizes_t}"
             return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
@@ -185,14 +185,6 @@ def _note(source: Layer, target: Layer, space: Subspace) -> str:
         return BOTH_RESIZED
     whole = [side for side, size in (("output", m_t), ("input", n_t)) if space.rank == size]
     return f"the subspace is all of the {' and the '.join(whole)} side: no projection there" if whole else ""
-
-
-def _method(wanted: str, own: AdapterLayer, *, resized: bool) -> str:
-    if wanted != "auto":
-        return wanted
-    if resized:
-        return "align"
-    return "project" if isinstance(own, LoraXLayer) else "copy"
 
 
 _APPLY: dict[str, Callable[[Tensor, Tensor, Subspace, Subspace], methods.Factors]] = {

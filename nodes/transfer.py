@@ -37,7 +37,7 @@ class LoraXTransfer(io.ComfyNode):
                     "method",
                     options=list(METHODS),
                     default="auto",
-                    tooltip="auto: project for LoRA-X, copy for ordinary LoRA, align where the width changes.",
+                    tooltip="auto: copy onto the paired layer, align where the width changes.",
                 ),
                 rank_input(
                     "Leading singular directions that count, for all methods but copy. A smaller layer uses all."

@@ -131,8 +131,8 @@ def test_inputs_never_change(bases, lora):
 
 def test_lora_x_is_projected_and_can_stay_lora_x(bases, lora_x):
     source, target = bases
-    result, report = transfer_adapter(lora_x, source, target, rank=16)
-    kept, kept_report = transfer_adapter(lora_x, source, target, rank=16, output_format="lora-x")
+    result, report = transfer_adapter(lora_x, source, target, method="project", rank=16)
+    kept, kept_report = transfer_adapter(lora_x, source, target, method="project", rank=16, output_format="lora-x")
     assert {row.method for row in report.rows} == {"project"}
     dense = convert_to_lora(kept, target)
     for name, own in lora_x.layers.items():
@@ -370,3 +370,13 @@ def test_lora_layer_is_exact_about_its_scale():
     up, down = torch.randn(4, 2), torch.randn(2, 6)
     torch.testing.assert_close(LoraLayer(layer, up, down, 3.0).delta_weight(), 1.5 * up @ down)
     torch.testing.assert_close(LoraLayer(layer, up, down).delta_weight(), up @ down)
+
+
+def test_auto_copies_what_a_lora_x_does_on_its_source(bases, lora_x):
+    source, target = bases
+    result, report = transfer_adapter(lora_x, source, target)
+    assert {row.method for row in report.rows} == {"copy"}
+    for name, own in lora_x.layers.items():
+        U, _, Vh = torch.linalg.svd(source.weight(name).double().flatten(1), full_matrices=False)
+        expected = (U[:, : own.rank] * own.delta.double()) @ Vh[: own.rank]
+        torch.testing.assert_close(result.layers[name].delta_weight().double(), expected, rtol=1e-3, atol=1e-5)
