@@ -110,8 +110,7 @@ class Pair:
         """Return the updates on the target, and the share of their norm that arrived."""
         if isinstance(way.options, str):
             moved = {name: self._idea(way.options, name, deltas[fed]) for name, fed in self.fed.items()}
-            share = _norm(moved) / _norm({name: deltas[fed] for name, fed in self.fed.items()})
-            return moved, share
+            return moved, _norm(moved) / _norm(deltas)
         result, report = transfer_adapter(adapter, self.source, self.target, **way.options)
         before = math.hypot(*(row.source_norm for row in report.rows))
         return dense(result, self.target), math.hypot(*(row.target_norm for row in report.rows)) / before
@@ -299,6 +298,6 @@ def run_round(style: str, seed: int) -> None:
     RESULTS.mkdir(exist_ok=True)
     if seed == 0:
         for pair in PAIRS:
-            save_sheet(RESULTS / f"{style}-{pair}.png", own.sheet(pair))
+            save_sheet(RESULTS / f"{style}-{pair}.jpg", own.sheet(pair))
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{path.name}: {len(found['rows'])} rows in {found['seconds']} s", flush=True)

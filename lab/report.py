@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from .experiments import CEILINGS, PAIRS
 
 DOCS = HERE.parent / "docs"
 Row = dict[str, Any]
+# Groups of layers that do less than this on their own source are left out: their shares are noise.
+LEAST_GAIN = 1e-3
 # arXiv 2501.16559: what its tables say, for the rows that ours stand beside.
 PUBLISHED_2 = {"lora-x": "+3.7 %, 0.16 MB", "lora-32": "-27.8 %, 34.07 MB", "lora-16": "-10.1 %", "lora-1": "-12.5 %"}
 PUBLISHED_3 = {"dora-16": "-9.1 and -10.7 % (r 8)", "foura-16": "-4.7 % (r 64)"}
@@ -178,26 +179,29 @@ def against_copy(results: Results) -> str:
 
 
 def predictors(results: Results, path: Path) -> str:
-    """Return what foretells the share of a layer group's gain that arrives; draw it."""
+    """Return what foretells the share of a layer group's gain that arrives, for each pair of bases; draw it."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
     rows: list[list[str]] = []
     names = {"similarity": "similarity", "corrected": "corrected similarity", "retained": "norm that arrived"}
-    useful = [row for row in results.groups if row["gain_on_source"] > 1e-3]
+    useful = [row for row in results.groups if row["gain_on_source"] > LEAST_GAIN]
     for axis, (measure, name) in zip(axes, names.items(), strict=True):
         for way, colour in (("copy", "#0072b2"), ("project", "#d55e00")):
-            found = [(row[measure], row["gain"] / row["gain_on_source"]) for row in useful if row["way"] == way]
-            axis.scatter(*zip(*found, strict=True), s=14, color=colour, label=way, alpha=0.7)
-            x, y = zip(*found, strict=True)
-            rows.append([way, name, f"{spearman(x, y):+.2f}", str(len(found))])
+            for on, sign in (("fine-tune", "o"), ("pruned", "^")):
+                rows_of = [row for row in useful if row["way"] == way and row["on"] == on]
+                x, y = [row[measure] for row in rows_of], [row["gain"] / row["gain_on_source"] for row in rows_of]
+                axis.scatter(x, y, s=16, color=colour, marker=sign, label=f"{way}, {on}", alpha=0.7, linewidths=0)
+                correlation = spearman(x, y)
+                told = "-" if math.isnan(correlation) else f"{correlation:+.2f}"
+                rows.append([f"source to {on}", way, name, told, str(len(x))])
         axis.set_xlabel(name)
         axis.axhline(1, color="#999999", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("gain on the target / on the source")
-    axes[0].legend(frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper center", ncols=4)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return table(["moved by", "predictor", "rank correlation", "layer groups"], sorted(rows))
+    return table(["bases", "moved by", "predictor", "rank correlation", "layer groups"], sorted(rows))
 
 
 def write() -> None:
@@ -205,10 +209,11 @@ def write() -> None:
     results = Results()
     images = DOCS / "images"
     sheets: list[str] = []
-    for path in sorted(RESULTS.glob("*.png")):
-        shutil.copy(path, images / f"lab-{path.name}")
+    for path in sorted(RESULTS.glob("*.jpg")):
         style, _, on = path.stem.partition("-")
-        sheets.append(f"**{style}, source to {on}**\n\n![LoRA-X of the style {style}, {on}](images/lab-{path.name})\n")
+        sheets.append(
+            f"**{style}, source to {on}**\n\n![LoRA-X of the style {style}, {on}](../lab/results/{path.name})\n"
+        )
     cost = json.loads((RESULTS / "cost.json").read_text())
     beside, alone = cost["source beside it"], cost["target alone"]
     parts = {

@@ -13,7 +13,7 @@ def save_sheet(path: Path, rows: Mapping[str, Tensor]) -> None:
     """Write a contact sheet.
 
     Args:
-        path: A PNG file.
+        path: A JPEG or PNG file.
         rows: Name -> pictures `[b, 3, 32, 32]` in -1 to 1; the first COLUMNS are shown.
     """
     step = SIDE + GAP
@@ -27,4 +27,4 @@ def save_sheet(path: Path, rows: Mapping[str, Tensor]) -> None:
             sheet.paste(
                 Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (MARGIN + column * step, top)
             )
-    sheet.save(path, optimize=True)
+    sheet.save(path, optimize=True, quality=92)
