@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..engine import CPU, Engine
@@ -79,12 +79,9 @@ def migrate(
         raise OptionError("unknown engine", run, f"choose one of {', '.join(RUNS)}")
     if workers is not None and workers < 1:
         raise OptionError("too few workers", str(workers), "give a number from 1")
-    if run == "ray":
-        try:
-            import_module("ray")
-        except ImportError as error:
-            fix = "pip install ray, or choose the engine local"
-            raise OptionError("the engine ray needs Ray", str(error), fix) from error
+    if run == "ray" and find_spec("ray") is None:
+        fix = "pip install ray, or choose the engine local"
+        raise OptionError("the engine ray needs Ray", "it is not installed", fix)
     _check_outputs([output / JOURNAL, *(output / task.output for task in tasks)], [*input_files(tasks), *inputs])
     journal = Journal(output, resume=resume)
     try:
@@ -125,7 +122,9 @@ def _records(
     engine: Engine,
     gpu_share: float,
 ) -> Iterator[Record]:
-    if run == "ray":
+    if run == "ray" and find_spec("ray") is None:
+        fix = "pip install ray, or choose the engine local"
+        raise OptionError("the engine ray needs Ray", "it is not installed", fix)
         from .cluster import run_ray
 
         return run_ray(tasks, output, journal.records, workers, engine, gpu_share)
