@@ -640,3 +640,15 @@ def test_the_look_at_the_source_sees_what_is_forbidden():
 def test_build_makes_sound_files(tmp_path):
     (tmp_path / "a").write_bytes(build({"k": "v"}, [("x.diff", "F32", [1, 1], bytes(4))]))
     assert TensorFile(tmp_path / "a").metadata == {"k": "v"}
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path, length):
+    """Their first bytes are those of pickle protocols 2 to 5."""
+    path = tmp_path / "a.safetensors"
+    tensors = {"lora_unet_x.diff": torch.ones(2, 2)}
+    save_file(tensors, path, {"note": ""})
+    shorter = int.from_bytes(path.read_bytes()[:8], "little")
+    save_file(tensors, path, {"note": "x" * (length - shorter)})
+    assert path.read_bytes()[:2] == length.to_bytes(2, "little")
+    assert load_adapter(path).layers
