@@ -122,9 +122,7 @@ def _records(
     engine: Engine,
     gpu_share: float,
 ) -> Iterator[Record]:
-    if run == "ray" and find_spec("ray") is None:
-        fix = "pip install ray, or choose the engine local"
-        raise OptionError("the engine ray needs Ray", "it is not installed", fix)
+    if run == "ray":
         from .cluster import run_ray
 
         return run_ray(tasks, output, journal.records, workers, engine, gpu_share)
