@@ -1,9 +1,22 @@
 """The laboratory: which transfer works, measured on small diffusion models that it trains itself. `python -m lab`."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 HERE = Path(__file__).parent
 # What is downloaded and trained; not in the repository.
 CACHE = HERE / "cache"
 # What was measured: a file for each style and seed; and the weights of the best run.
 RESULTS, CHECKPOINTS = HERE / "results", HERE / "checkpoints"
+
+
+def weights(name: str, train: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what was trained under a name: shipped, or made before, or made now and kept."""
+    shipped, made = (folder / f"{name}.safetensors" for folder in (CHECKPOINTS, CACHE))
+    if not (shipped.exists() or made.exists()):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        save_file(train(), made)
+    return load_file(shipped if shipped.exists() else made)

@@ -10,14 +10,13 @@ from functools import cache
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorax.train import train
 
-from . import CACHE, CHECKPOINTS
+from . import weights
 from .data import load
-from .model import DROPPED, SIZES, error, loss, noised, predict, unet
+from .model import DROPPED, error, loss, noised, predict, unet
 
 BATCH = 32
 STEPS = {"source": 2400, "fine-tune": 400, "pruned": 800, "narrow": 3000}
@@ -38,11 +37,9 @@ def base(name: str) -> UNet2DConditionModel:
 
 @cache
 def _weights(name: str) -> dict[str, Tensor]:
-    shipped, made = (folder / f"{name}.safetensors" for folder in (CHECKPOINTS, CACHE))
-    if not (shipped.exists() or made.exists()):
-        # Half precision is what is shipped, so it is what is measured.
-        save_file({key: value.half() for key, value in _trained(name).items()}, made)
-    return {key: value.float() for key, value in load_file(shipped if shipped.exists() else made).items()}
+    # Half precision is what is shipped, so it is what is measured.
+    found = weights(name, lambda: {key: value.half() for key, value in _trained(name).items()})
+    return {key: value.float() for key, value in found.items()}
 
 
 def _trained(name: str) -> dict[str, Tensor]:
@@ -79,6 +76,3 @@ def _trained(name: str) -> dict[str, Tensor]:
 
     train(model, step, steps, learning_rate=LEARNING_RATES[name], optimizer=optimizer, seed=0, on_step=tell)
     return model.state_dict()
-
-
-NAMES = tuple(SIZES)

@@ -1,6 +1,6 @@
 """One round: for one style and one seed, train every adapter, move it every way, and measure what it does.
 
-A round is a file in results/: `{"style", "seed", "rows": [...], "groups": [...], "cost": {...}}`.
+A round is a file in results/: `{"style", "seed", "rows": [...], "groups": [...], "seconds"}`.
 """
 
 import json
@@ -94,9 +94,7 @@ class Pair:
 
     def __init__(self, name: str) -> None:
         self.name, self.models = name, (base("source"), base(name))
-        self.source, self.target = (
-            module_base(model, label) for model, label in zip(self.models, ("source", name), strict=False)
-        )
+        self.source, self.target = module_base(self.models[0], "source"), module_base(self.models[1], name)
         self.assignment = match_bases(self.source, self.target)
         self.maps = ideas.streams(self.source, self.target, self.assignment)
         layers = [layer for layer in self.target.layers.values() if layer.is_attention]

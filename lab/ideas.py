@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorax import Base
 from lorax.layers import Layer
+from lorax.linalg import polar
 from lorax.matching import Assignment
 from lorax.similarity import Score
 
@@ -95,18 +96,18 @@ def _stream(source: Base, target: Base, assignment: Assignment, blocks: Mapping[
     total = torch.zeros(())
     for number in numbers:
         for part in ("attn2.to_k", "attn2.to_v"):
-            inner[number, part] = _polar(product(number, part, lambda s, t: t @ s.T))
+            inner[number, part] = polar(product(number, part, lambda s, t: t @ s.T))
         K, V = inner[number, "attn2.to_k"], inner[number, "attn2.to_v"]
         total = total + product(number, "attn2.to_q", lambda s, t, K=K: t.T @ K @ s)
         total = total + product(number, "attn2.to_out", lambda s, t, V=V: t @ V @ s.T)
-    Q = _polar(total)
+    Q = polar(total)
     found: Maps = {}
     for number in numbers:
         q, k, v, o = (f"attn1.to_{part}" for part in ("q", "k", "v", "out"))
-        inner[number, k] = _polar(
+        inner[number, k] = polar(
             product(number, q, lambda s, t: t @ Q @ s.T) + product(number, k, lambda s, t: t @ Q @ s.T)
         )
-        inner[number, v] = _polar(
+        inner[number, v] = polar(
             product(number, v, lambda s, t: t @ Q @ s.T) + product(number, o, lambda s, t: t.T @ Q @ s)
         )
         for attention, text in (("attn1", Q), ("attn2", None)):
@@ -114,12 +115,6 @@ def _stream(source: Base, target: Base, assignment: Assignment, blocks: Mapping[
             for part, sides in (("q", (K, Q)), ("k", (K, text)), ("v", (V, text)), ("out", (Q, V))):
                 found[blocks[number][f"{attention}.to_{part}"].name] = sides
     return found
-
-
-def _polar(matrix: Tensor) -> Tensor:
-    """Return the nearest matrix with orthonormal rows or columns."""
-    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return U @ Vh
 
 
 def streamed(dW: Tensor, sides: tuple[Tensor | None, Tensor | None]) -> Tensor:

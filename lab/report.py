@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from . import HERE, RESULTS
-from .bases import NAMES
 from .experiments import CEILINGS, PAIRS
 
 DOCS = HERE.parent / "docs"
@@ -219,7 +218,6 @@ def write() -> None:
     parts = {
         "SEEDS": ", ".join(f"{style}: {count}" for style, count in results.seeds.items()),
         "HOURS": f"{sum(results.seconds) / 3600:.1f}",
-        "BASES": ", ".join(NAMES),
         "TABLE_1": pairs_and_styles(results),
         "TABLE_2": kinds(results, "fine-tune", PUBLISHED_2),
         "TABLE_3": kinds(results, "pruned", PUBLISHED_3 | {"lora-x": "", "lora-16": ""}),

@@ -7,12 +7,11 @@ of one prompt for LPIPS diversity, the features of its last layer for DINOv2.
 from dataclasses import asdict, dataclass
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorax.train import train
 
-from . import CACHE, CHECKPOINTS
+from . import weights
 from .data import STYLES, load
 
 EPOCHS, BATCH = 10, 64
@@ -76,11 +75,8 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def scorer() -> Scorer:
     """Return the judge; trained on the first call."""
-    shipped, made = (folder / "scorer.safetensors" for folder in (CHECKPOINTS, CACHE))
-    if not (shipped.exists() or made.exists()):
-        save_file(_trained().state_dict(), made)
     model = Scorer()
-    model.load_state_dict(load_file(shipped if shipped.exists() else made))
+    model.load_state_dict(weights("scorer", lambda: _trained().state_dict()))
     return model.eval()
 
 

@@ -34,7 +34,7 @@ KINDS = {
 }
 
 
-def tune(model: UNet2DConditionModel, kind: str, style: str, seed: int, learning_rate: float | None = None) -> Adapter:
+def tune(model: UNet2DConditionModel, kind: str, style: str, seed: int) -> Adapter:
     """Return an adapter of a style, learnt on a base model, which does not change.
 
     Args:
@@ -42,20 +42,16 @@ def tune(model: UNet2DConditionModel, kind: str, style: str, seed: int, learning
         kind: One of KINDS.
         style: Whose pictures to learn.
         seed: Of the training.
-        learning_rate: Another one than that of KINDS.
     """
     rank, rate = KINDS[kind]
     data, chosen = load(), load().split("learn")
 
-    def step(learner: nn.Module) -> Callable[[int], Tensor]:
-        def one(call: int) -> Tensor:
+    def learn(learns: nn.Module, model: nn.Module) -> None:
+        def step(call: int) -> Tensor:
             batch = chosen[torch.randint(len(chosen), (BATCH,))]
-            return loss(learner, data.pictures[style][batch], data.tokens[batch])
+            return loss(model, data.pictures[style][batch], data.tokens[batch])
 
-        return one
-
-    def learn(module: nn.Module, learner: nn.Module) -> None:
-        train(module, step(learner), STEPS, learning_rate=learning_rate or rate, seed=seed)
+        train(learns, step, STEPS, learning_rate=rate, seed=seed)
 
     name, own = f"{kind} {style} {seed}", copy.deepcopy(model)
     torch.manual_seed(seed)

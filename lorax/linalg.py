@@ -135,8 +135,8 @@ def gram(X: Tensor) -> Tensor:
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """Return the orthogonal polar factor of a square matrix, the solution of `argmin_R ||X R - Y||_F` for `X^T Y`."""
-    U, _, Vh = torch.linalg.svd(matrix.double())
+    """Return the polar factor, the solution of `argmin_R ||X R - Y||_F` for `X^T Y`: orthonormal rows or columns."""
+    U, _, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return (U @ Vh).to(matrix.dtype)
 
 
