@@ -45,7 +45,7 @@ class Results:
     def ways(self, **where: str) -> list[str]:
         """Return the ways that were measured, the best closed gap first."""
         found = {row["way"] for row in self.rows if all(row[key] == value for key, value in where.items())}
-        return sorted(found, key=lambda way: -statistics.fmean(self.of("closed", way=way, **where) or [-9.0]))
+        return sorted(sorted(found), key=lambda way: -statistics.fmean(self.of("closed", way=way, **where) or [-9.0]))
 
 
 def _compared(found: Row) -> list[Row]:
