@@ -166,14 +166,19 @@ def _loha(side):
     return {f"lora_unet_x.hada_w{i}_{s}": torch.ones(shapes[s]) for i in "12" for s in "ab"}
 
 
-def test_many_tensors_take_no_second(tmp_path):
-    """Ten thousand modules of no family, more than any adapter has; half a second without the load of a test."""
-    tensors = {f"lora_unet_thing_{i}_x.diff": torch.ones(1, 1) for i in range(10_000)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    start = time.process_time()
-    assert len(load_adapter(tmp_path / "a.safetensors").layers) == 10_000
-    took = time.process_time() - start
-    assert took < 3, took
+def test_time_grows_with_the_tensors_and_no_faster(tmp_path):
+    """Modules of no family, more than any adapter has: four times as many take four times as long, not sixteen."""
+
+    def seconds(count):
+        tensors = {f"lora_unet_thing_{i}_x.diff": torch.ones(1, 1) for i in range(count)}
+        save_file(tensors, tmp_path / "a.safetensors")
+        start = time.process_time()
+        assert len(load_adapter(tmp_path / "a.safetensors").layers) == count
+        return time.process_time() - start
+
+    seconds(100)  # imports, first use
+    few, many = seconds(2_500), seconds(10_000)
+    assert many < 8 * few, (few, many)
 
 
 NOT_FILES = {
