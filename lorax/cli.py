@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import bar, plain, png, print_migration, print_report, print_similarity, say, tell
-from .errors import LoraxError, OptionError, printable
+from .errors import LoraxError, OptionError, OutputError, printable
 from .options import LORA_RANK, RANK, THRESHOLD, Dora, DType, Format, Matching, Method, Naming, Run
 from .version import __version__
 
@@ -256,7 +257,7 @@ def migrate(
     cache: CacheOption = True,
 ) -> None:
     """Move a whole library of adapters; interrupted, it goes on where it was. Status 1 if any adapter failed."""
-    from .migration import Options, input_files, plan_folder, plan_manifest
+    from .migration import JOURNAL, Options, input_files, plan_folder, plan_manifest
     from .migration import migrate as run
     from .tensorfile import check_output, write_bytes
 
@@ -274,6 +275,9 @@ def migrate(
     inputs = [manifest] if manifest else []
     if report_file:
         check_output(report_file, [*input_files(tasks), *inputs])
+        results = {os.path.realpath(output / name) for name in (JOURNAL, *(task.output for task in tasks))}
+        if os.path.realpath(report_file) in results:
+            raise OutputError("the report is one of the results", str(report_file), "choose another name")
     with bar("migrating") as progress:
         summary = run(
             tasks,

@@ -407,6 +407,23 @@ def test_the_report_replaces_no_input(run, own, name, linked):
     assert not (own / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["same.safetensors", JOURNAL])
+def test_the_report_is_none_of_the_results(run, own, name):
+    (own / "out").mkdir()
+    words = ["migrate", own / "loras", "--manifest", own / "moves.toml", "-o", own / "out"]
+    assert "is one of the results" in error_of(run, *words, "--report", own / "loras/../out" / name)
+    assert not list((own / "out").iterdir())
+
+
+def test_a_base_that_leads_in_a_circle(run, own):
+    (own / "base").symlink_to(own / "base")
+    words = ["migrate", own / "loras", "--source", own / "base", "--target", own / "pipe", "-o", own / "out"]
+    assert "1 failed of 1" in run(*words, status=1)[0]
+    manifest(own, "[[move]]\nadapters = '*'\nsource = 'base'\ntarget = 'pipe'\n")
+    words = ["migrate", own / "loras", "--manifest", own / "moves.toml", "-o", own / "other"]
+    assert "1 failed of 1" in run(*words, status=1)[0]
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("name", INPUTS)
 def test_no_result_replaces_an_adapter_or_a_base(own, name, damaged):

@@ -1,5 +1,6 @@
 """What a migration is to do, as plain data: one task for each adapter and target."""
 
+import os
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,7 +75,7 @@ def plan_folder(folder: Path, source: Path, target: Path, options: Options, with
     Raises:
         FormatError: There is none.
     """
-    apart = {path.resolve() for path in (source, target, without) if path}
+    apart = {_real(path) for path in (source, target, without) if path}
     found = _below(folder, "**/*.safetensors", apart)
     if not found:
         raise FormatError("no adapter to migrate", f"no safetensors file below {folder}", "give another folder")
@@ -97,7 +98,7 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
         raise FormatError("not a manifest", f"{manifest}: {error}", MANIFEST) from error
     if not isinstance(moves, list) or not moves:
         raise FormatError("not a manifest", f"{manifest} has no [[move]]", MANIFEST)
-    apart = {without.resolve()} if without else set[Path]()
+    apart = {_real(without)} if without else set[Path]()
     planned: list[tuple[str, str, Path, Path, Options]] = []
     for number, move in enumerate(cast("list[Any]", moves), 1):
         place = f"{manifest}, move {number}"
@@ -109,7 +110,7 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
         if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
             raise FormatError("a pattern leads out of the folder", f"{place}: {pattern}", "give one below the folder")
         try:
-            apart |= {source.resolve(), target.resolve()}
+            apart |= {_real(source), _real(target)}
         except (ValueError, OSError) as error:
             raise FormatError("a path that cannot be a file's", f"{place}: {error}", MANIFEST) from error
         planned.append((place, pattern, source, target, replace(options, **_options(given, place))))
@@ -163,7 +164,11 @@ def _options(given: Mapping[str, Any], place: str) -> dict[str, Any]:
 def _below(folder: Path, pattern: str, apart: set[Path]) -> list[Path]:
     """Return the safetensors files that a pattern finds, except what is or lies in one of `apart`, resolved paths."""
     files = [file for file in folder.glob(pattern) if file.suffix == ".safetensors" and file.is_file()]
-    return sorted(file for file in files if apart.isdisjoint([(real := file.resolve()), *real.parents]))
+    return sorted(file for file in files if apart.isdisjoint([(real := _real(file)), *real.parents]))
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises where links lead in a circle
 
 
 def _task(folder: Path, file: Path, source: Path, target: Path, options: Options) -> Task:
