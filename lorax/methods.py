@@ -62,5 +62,18 @@ def subspace_null(B: Tensor, A: Tensor, s: Subspace, t: Subspace) -> Factors:
     return recompress(up, down, B.shape[1])
 
 
+def orthogonal(B: Tensor, A: Tensor, W_s: Tensor, W_t: Tensor) -> Factors:
+    """Leave out what the target does already: the part of the update that goes along the change of the base.
+
+    `dW - max(0, <dW, F> / ||F||^2) F` with `F = (W_t - W_s) A^+ A`, the change of the base for the inputs that the
+    update reads, so that the rank stays and `A` too. Ours; docs/results.md measures it.
+    """
+    wide = A.double()
+    gram = wide @ wide.T
+    F = (W_t - W_s).double() @ wide.T @ torch.linalg.pinv(gram, hermitian=True)  # times A
+    along, energy = (B.double() * (F @ gram)).sum(), (F * (F @ gram)).sum()
+    return (B - (along / energy * F).to(B.dtype), A) if along > 0 else (B, A)
+
+
 def _same_sizes(s: Subspace, t: Subspace) -> tuple[bool, bool]:
     return s.U.shape[0] == t.U.shape[0], s.Vh.shape[1] == t.Vh.shape[1]

@@ -115,7 +115,7 @@ class Mover:
             return replace(row, outcome=Outcome.NO_TARGET_LAYER), None
         sizes, sizes_t = layer_s.matrix_shape, layer_t.matrix_shape
         method = self.method if self.method != "auto" else "copy" if sizes == sizes_t else "align"
-        if method in ("copy", "project", "subspace-null") and sizes != sizes_t:
+        if method in ("copy", "orthogonal", "project", "subspace-null") and sizes != sizes_t:
             note = f"{method} needs equal sizes, source {sizes}, target {sizes_t}"
             return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
         pair = layer_s.name, place
@@ -161,12 +161,15 @@ class Mover:
             return own.moved(layer_t, self.dtype), 0, ""
         B, A = expand(own, self.source, self.engine)
         note, rank = "", 0
-        if method != "copy" or self.lora_x:
+        if method == "orthogonal":
+            weights = self.engine.weight(self.source, layer_s.name), self.engine.weight(self.target, layer_t.name)
+            B, A = methods.orthogonal(B, A, *weights)
+        if method in _APPLY or self.lora_x:
             projects = method in ("project", "subspace-null") and not self.lora_x
             space = self.engine.subspace if projects else self.engine.triplets
             space_t = space(self.target, layer_t.name, self.rank)
             rank = space_t.rank
-            if method != "copy":
+            if method in _APPLY:
                 space_s = space(self.source, layer_s.name, self.rank) if method != "project" else space_t
                 B, A = _APPLY[method](B, A, space_s, space_t)
                 note = _note(layer_s, layer_t, space_t)

@@ -12,6 +12,7 @@ class Method(StrEnum):
     align = "align"
     subspace_null = "subspace-null"
     copy = "copy"
+    orthogonal = "orthogonal"
 
 
 class Matching(StrEnum):

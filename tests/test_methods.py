@@ -5,6 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lorax import methods
 from lorax.linalg import Subspace, decompose
 from lorax.methods import align, index, project, subspace_null
 
@@ -71,6 +72,35 @@ def test_subspace_null_is_the_published_formula_at_rank_k(sizes):
 
 @given(problems)
 @settings(deadline=None)
+def test_orthogonal_takes_away_what_goes_along_the_change_of_the_base(sizes):
+    W_s, W_t, B, A = problem(*sizes)
+    dW = B @ A
+    F = (W_t - W_s) @ torch.linalg.pinv(A) @ A
+    along = torch.vdot(dW.flatten(), F.flatten())
+    assume(abs(along) > 1e-2 * torch.linalg.norm(dW) * torch.linalg.norm(F))
+    expected = dW - along.clamp_min(0) / torch.linalg.norm(F) ** 2 * F
+    assume(torch.linalg.norm(expected) > 1e-2 * torch.linalg.norm(dW))
+    up, down = methods.orthogonal(*(x.float() for x in (B, A, W_s, W_t)))
+    assert close(up, down, expected) < 1e-3
+    assert torch.equal(down, A.float())
+    # Where nothing overlaps, and on its own base, it is copied.
+    for other in (2 * W_s - W_t if along > 0 else W_t, W_s):
+        assert torch.equal(methods.orthogonal(*(x.float() for x in (B, A, W_s, other)))[0], B.float())
+
+
+def test_orthogonal_of_an_update_of_less_rank_than_it_has_factors():
+    W_s, W_t, B, A = problem(12, 16, 6, 4, 3)
+    padded = torch.cat([B, 0 * B], dim=1), torch.cat([A, 0 * A])
+    doubled = torch.cat([B / 2, B / 2], dim=1), torch.cat([A, A])
+    W_t = W_s + B @ A + 0.1 * W_t  # overlaps
+    up, down = methods.orthogonal(B, A, W_s, W_t)
+    assert torch.linalg.norm(up @ down) < 0.5 * torch.linalg.norm(B @ A)
+    for other in (padded, doubled):
+        assert close(*methods.orthogonal(*other, W_s, W_t), up @ down) < 1e-9
+
+
+@given(problems)
+@settings(deadline=None)
 def test_transfer_onto_the_same_base_is_a_projection(sizes):
     W, _, B, A = problem(*sizes)
     B, A, space = B.float(), A.float(), decompose(W.float(), sizes[2])
@@ -87,7 +117,8 @@ def test_no_update_grows(sizes):
     B, A = B.float(), A.float()
     s, t = decompose(W_s.float(), sizes[2]), decompose(W_t.float(), sizes[2])
     before = torch.linalg.norm(B @ A)
-    for up, down in (project(B, A, t), index(B, A, s, t), align(B, A, s, t), subspace_null(B, A, s, t)):
+    moved = [project(B, A, t), index(B, A, s, t), align(B, A, s, t), subspace_null(B, A, s, t)]
+    for up, down in (*moved, methods.orthogonal(B, A, W_s.float(), W_t.float())):
         assert torch.linalg.norm(up @ down) <= before * (1 + 1e-4)
 
 

@@ -61,7 +61,7 @@ def test_copy_is_bit_exact(bases, lora):
     assert provenance == {"source": bases[0].name, "target": bases[1].name, "method": "auto", "rank": "320"}
 
 
-@pytest.mark.parametrize("method", ["project", "subspace-null"])
+@pytest.mark.parametrize("method", ["project", "subspace-null", "orthogonal"])
 def test_result_keeps_rank_alpha_and_dtype(tmp_path, bases, method):
     tensors = {key: value.half() for key, value in lora_tensors(bases[0]).items()}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -218,7 +218,7 @@ def test_another_width_is_aligned_and_marked(bases, lora, tmp_path):
         assert result.layers[name].layer.matrix_shape == wide.layers[name].matrix_shape
         assert ("weakest" in row.note) == (".attn2.to_k" not in name and ".attn2.to_v" not in name)
     assert any("weakest kind" in text for text in report.warnings)
-    for method in ("copy", "project", "subspace-null"):
+    for method in ("copy", "orthogonal", "project", "subspace-null"):
         _, refused = transfer_adapter(lora, bases[0], wide, method=method, rank=16, threshold=-9)
         assert {row.outcome for row in refused.rows if row.source in rows} == {Outcome.SHAPE_MISMATCH}
 

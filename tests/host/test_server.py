@@ -122,7 +122,7 @@ def test_example_workflows_run(host, info, path):
         assert result.ok, result.error
 
 
-@pytest.mark.parametrize("method", ["auto", "project", "subspace-null", "align"])
+@pytest.mark.parametrize("method", ["auto", "orthogonal", "project", "subspace-null", "align"])
 def test_the_latent_changes_with_the_adapter_and_returns_at_strength_0(host, plain, method):
     result = host.run(transfer(method=method))
     assert result.ok, result.error
