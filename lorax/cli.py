@@ -50,7 +50,7 @@ BASE = "Checkpoint, U-Net file, or folder of a diffusers pipeline."
 SourceOption = Annotated[Path, typer.Option("--source", help=f"Base that the adapter was made for. {BASE}")]
 TargetOption = Annotated[Path, typer.Option("--target", help=f"Base that it shall work on. {BASE}")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to write; an older one is replaced.")]
-MethodOption = Annotated[Method, typer.Option(help="auto: copy, and align where the size changes.")]
+MethodOption = Annotated[Method, typer.Option(help="auto: orthogonal, and align where the size changes.")]
 ThresholdOption = Annotated[float, typer.Option(help="A layer gets an update above this corrected similarity.")]
 MatchingOption = Annotated[
     Matching,

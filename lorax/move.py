@@ -114,7 +114,7 @@ class Mover:
         if layer_t is None:
             return replace(row, outcome=Outcome.NO_TARGET_LAYER), None
         sizes, sizes_t = layer_s.matrix_shape, layer_t.matrix_shape
-        method = self.method if self.method != "auto" else "copy" if sizes == sizes_t else "align"
+        method = self.method if self.method != "auto" else _auto(own, same=sizes == sizes_t)
         if method in ("copy", "orthogonal", "project", "subspace-null") and sizes != sizes_t:
             note = f"{method} needs equal sizes, source {sizes}, target {sizes_t}"
             return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
@@ -180,6 +180,13 @@ class Mover:
             B, A = recompress(B, A, self.lora_rank)
             note = "; ".join(filter(None, (note, f"{own.kind} made a LoRA of rank {self.lora_rank}")))
         return _like(own, layer_t, B, A, self.dtype), rank, note
+
+
+def _auto(own: AdapterLayer, *, same: bool) -> str:
+    """Return the method that did best in docs/results.md; what was not measured there is copied."""
+    if not same:
+        return "align"
+    return "orthogonal" if own.is_thin or isinstance(own, LoraXLayer) else "copy"
 
 
 def _note(source: Layer, target: Layer, space: Subspace) -> str:

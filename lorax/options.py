@@ -7,12 +7,12 @@ class Method(StrEnum):
     """How an update is moved; the formulas are in `lorax.methods`."""
 
     auto = "auto"
-    project = "project"
-    by_index = "index"
-    align = "align"
-    subspace_null = "subspace-null"
-    copy = "copy"
     orthogonal = "orthogonal"
+    copy = "copy"
+    project = "project"
+    subspace_null = "subspace-null"
+    align = "align"
+    by_index = "index"
 
 
 class Matching(StrEnum):

@@ -45,8 +45,9 @@ def transfer_adapter(
         adapter: The adapter, made for `source`.
         source: The base that it was made for.
         target: The base that it shall work on.
-        method: `project`, `index`, `align`, `subspace-null`, `copy`, `orthogonal` (see `lorax.methods`), or `auto`:
-            `copy` (onto the paired layer), and `align` where the sizes differ; see docs/results.md.
+        method: `orthogonal`, `copy`, `project`, `subspace-null`, `index`, `align` (see `lorax.methods`), or `auto`:
+            `orthogonal` for what is low-rank, `copy` (onto the paired layer) for what is not, `align` where the sizes
+            differ; see docs/results.md.
         rank: Singular triplets of each weight that make its leading subspace (a smaller layer uses all that it has);
             None means 320, also for bases that have no layer of that size.
         lora_rank: Rank of the LoRA that an update of another kind (LoHa, LoKr, full difference, ...) becomes where it

@@ -37,10 +37,10 @@ class LoraXTransfer(io.ComfyNode):
                     "method",
                     options=list(METHODS),
                     default="auto",
-                    tooltip="auto: copy onto the paired layer, align where the width changes.",
+                    tooltip="auto: onto the paired layer, less what the target does already; align where the width changes.",
                 ),
                 rank_input(
-                    "Leading singular directions that count, for all methods but copy. A smaller layer uses all."
+                    "Leading singular directions that count, for all methods but copy and orthogonal. A smaller layer uses all."
                 ),
                 io.Float.Input(
                     "threshold",

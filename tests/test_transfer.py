@@ -50,7 +50,7 @@ def lora_x(bases):
 
 
 def test_copy_is_bit_exact(bases, lora):
-    result, report = transfer_adapter(lora, *bases)
+    result, report = transfer_adapter(lora, *bases, method="copy")
     assert report.outcomes == {Outcome.TRANSFERRED: len(lora.layers)}
     assert report.retained_energy == pytest.approx(1)
     for name, own in lora.layers.items():
@@ -58,7 +58,7 @@ def test_copy_is_bit_exact(bases, lora):
         assert torch.equal(result.layers[name].lora_down, own.lora_down)
         assert result.layers[name].alpha == own.alpha
     provenance = {key: result.metadata[f"lorax_{key}"] for key in ("source", "target", "method", "rank")}
-    assert provenance == {"source": bases[0].name, "target": bases[1].name, "method": "auto", "rank": "320"}
+    assert provenance == {"source": bases[0].name, "target": bases[1].name, "method": "copy", "rank": "320"}
 
 
 @pytest.mark.parametrize("method", ["project", "subspace-null", "orthogonal"])
@@ -225,7 +225,7 @@ def test_another_width_is_aligned_and_marked(bases, lora, tmp_path):
 
 @pytest.mark.parametrize("way", ["sd1 to sdxl", "sdxl to sd1"])
 def test_between_families_of_another_text_width(tmp_path, way):
-    """The text side of cross-attention changes its size and is aligned; what both have in one size is copied."""
+    """The text side of cross-attention changes its size and is aligned; what both have in one size is not."""
     xl = replace(families()["sdxl"].unet, model_channels=32, channel_mult=(1, 2), transformer_depth=(1, 1))
     xl = replace(xl, num_res_blocks=1, transformer_depth_middle=1, adm_in_channels=16)
     save_file(base_tensors(replace(families()["sdxl"], unet=xl), 5, text_encoders=False), tmp_path / "xl.safetensors")
@@ -242,7 +242,7 @@ def test_between_families_of_another_text_width(tmp_path, way):
     result, report = transfer_adapter(adapter, source, target, threshold=-9)
     assert report.arrived == len(report.rows) == len(adapter.layers)
     for row in report.rows:
-        assert row.method == ("align" if row.source.endswith(("attn2.to_k", "attn2.to_v")) else "copy")
+        assert row.method == ("align" if row.source.endswith(("attn2.to_k", "attn2.to_v")) else "orthogonal")
         assert result.layers[row.target].layer.matrix_shape == target.layers[row.target].matrix_shape
     save_adapter(result, tmp_path / "moved.safetensors", naming="kohya")
     assert not load_adapter(tmp_path / "moved.safetensors", target).unused
@@ -372,9 +372,31 @@ def test_lora_layer_is_exact_about_its_scale():
     torch.testing.assert_close(LoraLayer(layer, up, down).delta_weight(), up @ down)
 
 
-def test_auto_copies_what_a_lora_x_does_on_its_source(bases, lora_x):
+def test_auto_leaves_out_what_the_target_does_already(bases, lora):
+    """By hand in float64; `lora_down` and alpha stay as they are."""
     source, target = bases
-    result, report = transfer_adapter(lora_x, source, target)
+    result, report = transfer_adapter(lora, source, target)
+    taken = 0
+    for row in report.rows:
+        own, moved = lora.layers[row.source], result.layers[row.target]
+        assert row.method == "orthogonal"
+        assert torch.equal(moved.lora_down, own.lora_down.flatten(1))
+        assert moved.alpha == own.alpha
+        W_s, W_t = (
+            base.weight(name).double().flatten(1) for base, name in ((source, row.source), (target, row.target))
+        )
+        A = own.lora_down.double().flatten(1)
+        F, dW = (W_t - W_s) @ torch.linalg.pinv(A) @ A, own.delta_weight().double().flatten(1)
+        along = (dW * F).sum() / F.square().sum()
+        expected = dW - along.clamp_min(0) * F
+        taken += bool(along > 0)
+        torch.testing.assert_close(moved.delta_weight().double().flatten(1), expected, rtol=1e-3, atol=1e-6)
+    assert 0 < taken < len(report.rows)
+
+
+def test_copy_does_what_a_lora_x_does_on_its_source(bases, lora_x):
+    source, target = bases
+    result, report = transfer_adapter(lora_x, source, target, method="copy")
     assert {row.method for row in report.rows} == {"copy"}
     for name, own in lora_x.layers.items():
         U, _, Vh = torch.linalg.svd(source.weight(name).double().flatten(1), full_matrices=False)

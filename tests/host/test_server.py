@@ -192,7 +192,7 @@ def test_text_encoder_layers_move_too(host):
 
 def test_other_nodes_chain_before_and_after_and_strengths_add_up(host):
     stock = {"lora_name": "sd15-style.safetensors"}
-    prompt = transfer(strength=0.5)
+    prompt = transfer(strength=0.5, method="copy")
     prompt["6"] = node("LoraLoaderModelOnly", model=["5", 0], strength_model=0.25, **stock)
     prompt["13"] = sampling("6")["13"]
     ours = host.run(prompt)
