@@ -20,11 +20,13 @@ LIMITS = {"sd1": 2.5, "sdxl": 2.5, "sdxl-ssd1b": 2.5}
 # Who does what: ours without a cache, single precision, with an empty cache, with a full one; a loop of full SVDs.
 RUNS = (
     ("ours", "copy"),
+    ("ours", "orthogonal"),
     ("ours", "project"),
     ("ours", "subspace-null"),
     ("ours-fast", "project"),
     ("ours-filling", "copy"),
     ("ours-cached", "copy"),
+    ("ours-cached", "orthogonal"),
     ("ours-filling", "project"),
     ("ours-cached", "project"),
     ("svd-loop", "project"),
