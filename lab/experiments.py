@@ -6,9 +6,9 @@ A round is a file in results/: `{"style", "seed", "rows": [...], "groups": [...]
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from .scorer import plain, scorer
 from .sheets import save_sheet
 from .tuning import KINDS, tune
 
-PAIRS = ("fine-tune", "pruned", "narrow")
+PAIRS = ("near", "fine-tune", "pruned", "narrow")
 CEILINGS = ("lora-x", "lora-16")
 PROMPTS, PICTURES, RANK = 24, 64, 24
 
@@ -44,27 +44,43 @@ class Way:
         name: What it is called in the tables.
         options: Of `transfer_adapter`; or the name of an idea of ours.
         draws: Whether pictures are drawn too, or only the held-out loss is measured.
+        strength: What the result is multiplied with.
     """
 
     name: str
     options: Mapping[str, Any] | str
     draws: bool = True
+    strength: float = 1.0
 
 
 def product(name: str, draws: bool = True, **options: Any) -> Way:
     return Way(name, {"rank": RANK, "threshold": -1e9} | options, draws)
 
 
-COPY, PROJECT = product("copy", method="copy"), product("project", method="project")
-COMMON = [
+# Rules that give each layer its own rank, of its weight.
+RULES: dict[str, Callable[[Tensor], int]] = {
+    **{f"{share:.0%} of the size": partial(ideas.of_share, share=share) for share in (0.25, 0.5)},
+    **{f"{share:.0%} of the energy": partial(ideas.of_energy, share=share) for share in (0.5, 0.9, 0.99)},
+}
+COPY, PROJECT, ORTHOGONAL = (product(method, method=method) for method in ("copy", "project", "orthogonal"))
+SAME = [
     COPY,
     PROJECT,
+    ORTHOGONAL,
+    *(replace(COPY, name=f"copy, strength {s:g}", draws=False, strength=s) for s in (0.25, 0.5, 0.75, 1.25)),
+    *(replace(ORTHOGONAL, name=f"orthogonal, strength {s:g}", draws=False, strength=s) for s in (0.5, 0.75)),
+]
+COMMON = [
+    *SAME,
     product("subspace-null", method="subspace-null"),
-    *(product(f"project, rank {rank}", False, method="project", rank=rank) for rank in (6, 12, 36, 48, 96)),
-    *(product(f"copy, threshold {t:g}", False, method="copy", threshold=t) for t in (0.0, 0.25, 0.5, 0.75, 0.9)),
+    *(product(f"project, rank {rank}", False, method="project", rank=rank) for rank in (6, 12, 48, 96)),
+    *(product(f"copy, threshold {t:g}", False, method="copy", threshold=t) for t in (0.0, 0.9)),
     product("index", False, method="index"),
-    *(Way(idea, idea, False) for idea in ("soft", "blended", "effect kept", "copy rescaled", "project rescaled")),
-    *(Way(idea, idea) for idea in ("weighted", "streams")),
+    *(Way(f"project, {rule}", rule, False) for rule in RULES),
+    *(
+        Way(idea, idea, False)
+        for idea in ("soft", "blended", "effect kept", "copy rescaled", "project rescaled", "weighted", "streams")
+    ),
 ]
 PUBLISHED = [product(f"{m}, argmax", False, method=m, matching="argmax") for m in ("copy", "project")]
 RESIZED = [
@@ -74,14 +90,21 @@ RESIZED = [
     *(Way(idea, idea) for idea in ("streams", "streams rescaled")),
 ]
 FIRST = Way("projected first", "projected first")
-SHORT = [COPY, PROJECT, product("subspace-null", False, method="subspace-null")]
+SHORT = [COPY, PROJECT, replace(ORTHOGONAL, draws=False), product("subspace-null", False, method="subspace-null")]
 DORA = [product("copy, direction", method="copy"), product("project, dense", method="project", dora="dense")]
+
+
+def ceiling_of(kind: str) -> str:
+    """Return the kind that was trained on the targets, and stands as what is best for this one."""
+    return "lora-x" if kind.startswith("lora-x") else "lora-16"
 
 
 def ways(kind: str, pair: str) -> list[Way]:
     """Return how an adapter of a kind is moved to a target."""
     if pair == "narrow":
         return RESIZED if kind in CEILINGS else []
+    if pair == "near":
+        return SAME if kind in CEILINGS else []
     if kind.startswith("dora"):
         return DORA
     if kind not in CEILINGS:
@@ -108,15 +131,18 @@ class Pair:
         """Return the updates on the target, and the share of their norm that arrived."""
         if isinstance(way.options, str):
             moved = {name: self._idea(way.options, name, deltas[fed]) for name, fed in self.fed.items()}
-            return moved, _norm(moved) / _norm(deltas)
-        result, report = transfer_adapter(adapter, self.source, self.target, **way.options)
-        before = math.hypot(*(row.source_norm for row in report.rows))
-        return dense(result, self.target), math.hypot(*(row.target_norm for row in report.rows)) / before
+        else:
+            result, _ = transfer_adapter(adapter, self.source, self.target, **way.options)
+            moved = dense(result, self.target)
+        moved = {name: way.strength * delta for name, delta in moved.items()}
+        return moved, _norm(moved) / _norm(deltas)
 
     def _idea(self, idea: str, name: str, dW: Tensor) -> Tensor:
         W_s, W_t = self.source.weight(self.fed[name]), self.target.weight(name)
         if idea == "projected first":
             return _projected(_projected(dW, W_s), W_t)
+        if idea in RULES:
+            return _projected(dW, W_t, RULES[idea](W_t))
         if idea in ("streams", "streams rescaled"):
             moved = ideas.streamed(dW, self.maps[name])
             return ideas.rescaled(moved, dW, W_s, W_t) if idea.endswith("rescaled") else moved
@@ -128,8 +154,8 @@ class Pair:
         return {"soft": ideas.soft, "effect kept": ideas.effect_kept, "weighted": ideas.weighted}[idea](dW, W_s, W_t)
 
 
-def _projected(dW: Tensor, W: Tensor) -> Tensor:
-    B, A = project(dW, torch.eye(dW.shape[1]), decompose(W, RANK))
+def _projected(dW: Tensor, W: Tensor, rank: int = RANK) -> Tensor:
+    B, A = project(dW, torch.eye(dW.shape[1]), decompose(W, rank))
     return B @ A
 
 
@@ -162,7 +188,7 @@ class Round:
         pictures = None
         if draws:
             pictures = generate([model], self.tokens, seed=self.seed)
-            reference = self.references.get((row["on"], row["kind"] if row["kind"] in CEILINGS else "lora-16"))
+            reference = self.references.get((row["on"], ceiling_of(row["kind"])))
             row |= plain(scorer().measure(pictures, self.sentences, self.style, reference))
         self.rows.append(row)
         if pictures is not None and row["kind"] in ("lora-x", ""):

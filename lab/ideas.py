@@ -3,6 +3,7 @@
 Each takes the dense update `dW_s [m, n]` of a source layer and returns that of the target layer, `[m', n']`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -23,6 +24,17 @@ def soft(dW: Tensor, W_s: Tensor, W_t: Tensor) -> Tensor:
     energy = S.square()
     weight = energy / (energy + energy[min(RANK, len(S)) - 1])
     return (U * weight) @ (U.T @ dW @ Vh.T) @ (weight[:, None] * Vh)
+
+
+def of_share(W: Tensor, share: float) -> int:
+    """Return the rank that is a share of the smaller side."""
+    return math.ceil(share * min(W.shape))
+
+
+def of_energy(W: Tensor, share: float) -> int:
+    """Return the least rank whose singular values hold a share of `sum S^2`."""
+    energy = torch.linalg.svdvals(W).square().cumsum(0)
+    return int((energy < share * energy[-1]).sum()) + 1
 
 
 def blended(dW: Tensor, projected: Tensor, scores: tuple[Score, Score]) -> Tensor:

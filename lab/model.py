@@ -14,7 +14,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 PATCH, DROPPED, GUIDANCE, STEPS, LEAST = 4, 0.1, 2.0, 10, 0.2
 # width of the first level, transformer blocks in each attention module
-SIZES = {"source": (48, 2), "fine-tune": (48, 2), "pruned": (48, 1), "narrow": (32, 2)}
+SIZES = {"source": (48, 2), "fine-tune": (48, 2), "near": (48, 2), "pruned": (48, 1), "narrow": (32, 2)}
 
 
 def unet(name: str) -> UNet2DConditionModel:

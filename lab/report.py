@@ -10,14 +10,20 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from . import HERE, RESULTS
-from .experiments import CEILINGS, PAIRS
+from .experiments import PAIRS, ceiling_of
 
 DOCS = HERE.parent / "docs"
 Row = dict[str, Any]
 # Groups of layers that do less than this on their own source are left out: their shares are noise.
 LEAST_GAIN = 1e-3
 # arXiv 2501.16559: what its tables say, for the rows that ours stand beside.
-PUBLISHED_2 = {"lora-x": "+3.7 %, 0.16 MB", "lora-32": "-27.8 %, 34.07 MB", "lora-16": "-10.1 %", "lora-1": "-12.5 %"}
+PUBLISHED_2 = {
+    "lora-x": "+3.7 %, 0.16 MB",
+    "lora-x, rate 0.1": "",
+    "lora-32": "-27.8 %, 34.07 MB",
+    "lora-16": "-10.1 %",
+    "lora-1": "-12.5 %",
+}
 PUBLISHED_3 = {"dora-16": "-9.1 and -10.7 % (r 8)", "foura-16": "-4.7 % (r 64)"}
 
 
@@ -53,8 +59,7 @@ def _compared(found: Row) -> list[Row]:
     compared: list[Row] = []
     for (on, kind, _), row in rows.items():
         row = row | {"style_name": found["style"], "seed": found["seed"]}
-        own = kind if kind in CEILINGS else "lora-16"
-        none, trained = rows[on, "", "no adapter"], rows.get((on, own, "trained"))
+        none, trained = rows[on, "", "no adapter"], rows.get((on, ceiling_of(kind), "trained"))
         if "loss" in row and trained is not None:
             row["closed"] = (none["loss"] - row["loss"]) / (none["loss"] - trained["loss"])
         if "style" in row and trained is not None:
@@ -95,24 +100,24 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
         return math.nan
 
 
-def pairs_and_styles(results: Results) -> str:
-    """Return the table in the shape of the published Table 1."""
+def pairs_and_styles(results: Results, adapter: str) -> str:
+    """Return the table in the shape of the published Table 1, for one kind of adapter."""
     rows: list[list[str]] = []
     for on in PAIRS:
         for style in results.styles:
             for way in (
                 "trained",
-                *(("project", "copy") if on != "narrow" else ("index", "align", "streams")),
+                *(("orthogonal", "copy", "project") if on != "narrow" else ("streams", "align", "index")),
                 "no adapter",
             ):
-                kind = "" if way == "no adapter" else "lora-x"
+                kind = "" if way == "no adapter" else adapter
                 of = _reader(results, on=on, kind=kind, way=way, style_name=style)
                 change = [of("style_change", "+.1f"), of("diversity_change", "+.1f")] if kind else ["", ""]
                 feature = of("feature") if way != "trained" else "1"
                 rows.append(
                     [f"source to {on}", style, way, of("style"), *change, feature, of("prompt"), of("closed", ".2f")]
                 )
-    head = ["bases", "style", "LoRA-X", "style score", "its change, %", "diversity's change, %", "feature similarity",
+    head = ["bases", "style", "moved by", "style score", "its change, %", "diversity's change, %", "feature similarity",
             "prompt", "gap closed"]  # fmt: skip
     return table(head, rows)
 
@@ -158,7 +163,13 @@ def all_ways(results: Results, kind: str) -> str:
     return table(["moved by", *(f"source to {on}" for on in PAIRS)], rows)
 
 
-def against_copy(results: Results) -> str:
+def closed(results: Results, kind: str, way: str) -> str:
+    """Return the closed gap on the targets of the source's size, as it stands in a sentence."""
+    same = PAIRS[:-1]
+    return ", ".join(f"{statistics.fmean(results.of('closed', on=on, kind=kind, way=way)):.2f}" for on in same)
+
+
+def against_copy(results: Results) -> list[list[str]]:
     """Return, for every way, in how many comparisons of one seed it closed more of the gap than copying."""
     keyed = {
         (r["on"], r["kind"], r["style_name"], r["seed"], r["way"]): r["closed"] for r in results.rows if "closed" in r
@@ -173,8 +184,7 @@ def against_copy(results: Results) -> str:
         if both:
             gains = [ours - copy for ours, copy in both]
             rows.append([way, f"{sum(gain > 0 for gain in gains)} of {len(gains)}", told(gains, "+.4f")])
-    rows.sort(key=lambda row: -float(row[2].split()[0]))
-    return table(["moved by", "better than copy", "difference of the closed gap"], rows)
+    return sorted(rows, key=lambda row: -float(row[2].split()[0]))
 
 
 def predictors(results: Results, path: Path) -> str:
@@ -215,10 +225,12 @@ def write() -> None:
         )
     cost = json.loads((RESULTS / "cost.json").read_text())
     beside, alone = cost["source beside it"], cost["target alone"]
+    compared = against_copy(results)
     parts = {
         "SEEDS": ", ".join(f"{style}: {count}" for style, count in results.seeds.items()),
         "HOURS": f"{sum(results.seconds) / 3600:.1f}",
-        "TABLE_1": pairs_and_styles(results),
+        "TABLE_1": pairs_and_styles(results, "lora-x"),
+        "TABLE_1_LORA": pairs_and_styles(results, "lora-16"),
         "TABLE_2": kinds(results, "fine-tune", PUBLISHED_2),
         "TABLE_3": kinds(results, "pruned", PUBLISHED_3 | {"lora-x": "", "lora-16": ""}),
         "TABLE_4": table(
@@ -234,7 +246,14 @@ def write() -> None:
         ),
         "WAYS_LORA_X": all_ways(results, "lora-x"),
         "WAYS_LORA": all_ways(results, "lora-16"),
-        "AGAINST_COPY": against_copy(results),
+        "AGAINST_COPY": table(["moved by", "better than copy", "difference of the closed gap"], compared),
+        "BETTER": next(row[1] for row in compared if row[0] == "orthogonal"),
+        "NEAREST": f"{-statistics.fmean(results.of('style_change', on='near', kind='lora-16', way='orthogonal')):.0f}",
+        **{
+            f"{way.upper()}_{name}": closed(results, kind, way)
+            for way in ("orthogonal", "copy")
+            for name, kind in (("LORA", "lora-16"), ("LORA_X", "lora-x"))
+        },
         "PREDICTORS": predictors(results, images / "lab-predictors.png"),
         "SHEETS": "\n".join(sheets),
     }

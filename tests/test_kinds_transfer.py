@@ -112,7 +112,7 @@ def dense(own, base):
 def test_copied_each_kind_stays_what_it_is(kind, bases):
     source, target = bases
     own = kinds(source.layers[NAME])[kind]
-    result, report = transfer_adapter(adapter_of(own), source, target)
+    result, report = transfer_adapter(adapter_of(own), source, target, method="copy")
     moved = result.layers[NAME]
     assert type(moved) is type(own)
     (row,) = report.rows
@@ -122,6 +122,14 @@ def test_copied_each_kind_stays_what_it_is(kind, bases):
     for name, part in own.parts().items():
         if name != "dora_scale":
             assert torch.equal(moved.parts()[name], part)
+
+
+@pytest.mark.parametrize("kind", kinds(Layer("x.y", (W, W))))
+def test_auto_copies_what_is_not_low_rank(kind, bases):
+    source, target = bases
+    own = kinds(source.layers[NAME])[kind]
+    _, report = transfer_adapter(adapter_of(own), source, target)
+    assert report.rows[0].method == ("orthogonal" if kind in THIN else "copy")
 
 
 @pytest.mark.parametrize("kind", kinds(Layer("x.y", (W, W))))
@@ -158,7 +166,7 @@ def test_an_update_of_a_fused_weight_goes_out_as_it_came(kind, bases, tmp_path):
     save_adapter(adapter_of(own, family=source.family), tmp_path / "in.safetensors")
     read = load_adapter(tmp_path / "in.safetensors", source)
     assert len(read.layers) == (3 if kind in CUT else 1)
-    result, report = transfer_adapter(read, source, target)
+    result, report = transfer_adapter(read, source, target, method="copy")
     assert {row.outcome for row in report.rows} == {Outcome.TRANSFERRED}
     save_adapter(result, tmp_path / "out.safetensors")
     before, after = load_file(tmp_path / "in.safetensors"), load_file(tmp_path / "out.safetensors")
@@ -260,7 +268,7 @@ def test_a_dora_on_another_size_moves_all_that_it_changes(bases, tmp_path):
 def test_fp8_stays_fp8_when_copied_and_becomes_fp16_when_computed(bases):
     source, target = bases
     lora = kinds(source.layers[NAME])["lora"].moved(source.layers[NAME], torch.float8_e4m3fn)
-    copied, _ = transfer_adapter(adapter_of(lora), source, target)
+    copied, _ = transfer_adapter(adapter_of(lora), source, target, method="copy")
     projected, _ = transfer_adapter(adapter_of(lora), source, target, method="project", rank=8)
     assert (copied.layers[NAME].dtype, projected.layers[NAME].dtype) == (torch.float8_e4m3fn, torch.float16)
 
