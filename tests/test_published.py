@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from demo.synthetic import base_tensors
-from lorax import Outcome, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import Cache, Engine, Outcome, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.families import families
 
 
@@ -38,9 +38,12 @@ def test_transfer_equals_the_published_formula_in_float64(full_size, published, 
     source, target = full_size
     given = {path.name: load_adapter(path, source) for path in published}
     moved = {}
+    engine = Engine(cache=Cache(tmp_path / "cache", 2**32))  # each weight is decomposed once for the four
     for file, adapter in given.items():
         for dtype in (torch.float32, None):
-            result, report = transfer_adapter(adapter, source, target, method="project", rank=320, dtype=dtype)
+            result, report = transfer_adapter(
+                adapter, source, target, method="project", rank=320, dtype=dtype, engine=engine
+            )
             assert report.outcomes == {Outcome.TRANSFERRED: 192}
             save_adapter(result, tmp_path / "out.safetensors")
             moved[file, dtype] = load_adapter(tmp_path / "out.safetensors", target)
