@@ -7,7 +7,7 @@ method returns factors of the same rank and forms no `[m, n]` product. docs/meth
 import torch
 from torch import Tensor
 
-from .linalg import Subspace, polar, recompress
+from .linalg import RESOLUTION, Subspace, polar, recompress
 
 Factors = tuple[Tensor, Tensor]
 
@@ -68,11 +68,15 @@ def orthogonal(B: Tensor, A: Tensor, W_s: Tensor, W_t: Tensor) -> Factors:
     `dW - max(0, <dW, F> / ||F||^2) F` with `F = (W_t - W_s) A^+ A`, the change of the base for the inputs that the
     update reads, so that the rank stays and `A` too. Ours; docs/results.md measures it.
     """
-    wide = A.double()
-    gram = wide @ wide.T
-    F = (W_t - W_s).double() @ wide.T @ torch.linalg.pinv(gram, hermitian=True)  # times A
-    along, energy = (B.double() * (F @ gram)).sum(), (F * (F @ gram)).sum()
-    return (B - (along / energy * F).to(B.dtype), A) if along > 0 else (B, A)
+    energies, V = torch.linalg.eigh(A.double() @ A.double().T)
+    kept = energies > RESOLUTION**2 * energies[-1]
+    V, root = V[:, kept], energies[kept].sqrt()
+    inputs = ((V / root).T @ A.double()).to(A.dtype)  # orthonormal, as `A = V diag(root) inputs`
+    F = ((W_t - W_s) @ inputs.T).double()
+    along = (B.double() @ (V * root) * F).sum()
+    if not along > 0:
+        return B, A
+    return B - (along / F.square().sum() * F @ (V / root).T).to(B.dtype), A
 
 
 def _same_sizes(s: Subspace, t: Subspace) -> tuple[bool, bool]:
