@@ -290,6 +290,15 @@ def test_ctrl_c_keeps_what_was_learnt(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole, deltas, strict=True))
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's background job ignores Ctrl-C, and so would the test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_real_interrupt_ends_after_a_whole_step(tmp_path):
     path, before = tmp_path / "training.safetensors", signal.getsignal(signal.SIGINT)
     timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
