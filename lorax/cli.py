@@ -257,7 +257,7 @@ def migrate(
     cache: CacheOption = True,
 ) -> None:
     """Move a whole library of adapters; interrupted, it goes on where it was. Status 1 if any adapter failed."""
-    from .migration import JOURNAL, Options, input_files, plan_folder, plan_manifest
+    from .migration import Options, input_files, output_files, plan_folder, plan_manifest
     from .migration import migrate as run
     from .tensorfile import check_output, write_bytes
 
@@ -275,8 +275,7 @@ def migrate(
     inputs = [manifest] if manifest else []
     if report_file:
         check_output(report_file, [*input_files(tasks), *inputs])
-        results = {os.path.realpath(output / name) for name in (JOURNAL, *(task.output for task in tasks))}
-        if os.path.realpath(report_file) in results:
+        if os.path.realpath(report_file) in map(os.path.realpath, output_files(tasks, output)):
             raise OutputError("the report is one of the results", str(report_file), "choose another name")
     with bar("migrating") as progress:
         summary = run(

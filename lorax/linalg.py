@@ -71,16 +71,22 @@ def decompose(weight: Tensor, rank: int) -> Subspace:
         OptionError: `rank` is below 1.
     """
     check_positive(rank)
-    wide = weight.shape[0] <= weight.shape[1]
-    matrix = (weight if wide else weight.T).double()
+    U, S, V = triplets(weight, rank)
+    signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+    return _subspace(U * signs, S, (V * signs).T)
+
+
+def triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `U [m, r]`, `S [r]`, `V [n, r]` of `decompose` in float64, before the signs are fixed."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    matrix = (matrix if wide else matrix.T).double()
     energy, vectors = torch.linalg.eigh(gram(matrix))
     S, near = energy.clamp(min=0).sqrt().flip(0), vectors.flip(1)
     keep = min(rank, int((S[0] * RESOLUTION < S).sum()))
     S, near = S[:keep], near[:, :keep]
     far = (matrix.T @ near) / S
     U, V = (near, far) if wide else (far, near)
-    signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-    return _subspace(U * signs, S, (V * signs).T)
+    return U, S, V
 
 
 def leading_subspace(weight: Tensor, rank: int) -> Subspace:

@@ -7,7 +7,7 @@ method returns factors of the same rank and forms no `[m, n]` product. docs/meth
 import torch
 from torch import Tensor
 
-from .linalg import RESOLUTION, Subspace, polar, recompress
+from .linalg import Subspace, polar, recompress, triplets
 
 Factors = tuple[Tensor, Tensor]
 
@@ -68,15 +68,12 @@ def orthogonal(B: Tensor, A: Tensor, W_s: Tensor, W_t: Tensor) -> Factors:
     `dW - max(0, <dW, F> / ||F||^2) F` with `F = (W_t - W_s) A^+ A`, the change of the base for the inputs that the
     update reads, so that the rank stays and `A` too. Ours; docs/results.md measures it.
     """
-    energies, V = torch.linalg.eigh(A.double() @ A.double().T)
-    kept = energies > RESOLUTION**2 * energies[-1]
-    V, root = V[:, kept], energies[kept].sqrt()
-    inputs = ((V / root).T @ A.double()).to(A.dtype)  # orthonormal, as `A = V diag(root) inputs`
-    F = ((W_t - W_s) @ inputs.T).double()
-    along = (B.double() @ (V * root) * F).sum()
+    U, S, V = triplets(A, A.shape[0])
+    F = ((W_t - W_s) @ V.to(A.dtype)).double()  # in the basis V
+    along = (B.double() @ (U * S) * F).sum()
     if not along > 0:
         return B, A
-    return B - (along / F.square().sum() * F @ (V / root).T).to(B.dtype), A
+    return B - (along / F.square().sum() * F @ (U / S).T).to(B.dtype), A
 
 
 def _same_sizes(s: Subspace, t: Subspace) -> tuple[bool, bool]:

@@ -115,7 +115,7 @@ class Mover:
             return replace(row, outcome=Outcome.NO_TARGET_LAYER), None
         sizes, sizes_t = layer_s.matrix_shape, layer_t.matrix_shape
         method = self.method if self.method != "auto" else _auto(own, same=sizes == sizes_t)
-        if method in ("copy", "orthogonal", "project", "subspace-null") and sizes != sizes_t:
+        if sizes != sizes_t and method not in ("align", "index"):
             note = f"{method} needs equal sizes, source {sizes}, target {sizes_t}"
             return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
         pair = layer_s.name, place

@@ -82,7 +82,7 @@ def migrate(
     if run == "ray" and find_spec("ray") is None:
         fix = "pip install ray, or choose the engine local"
         raise OptionError("the engine ray needs Ray", "it is not installed", fix)
-    _check_outputs([output / JOURNAL, *(output / task.output for task in tasks)], [*input_files(tasks), *inputs])
+    _check_outputs(output_files(tasks, output), [*input_files(tasks), *inputs])
     journal = Journal(output, resume=resume)
     try:
         found: dict[str, Record] = {}
@@ -94,6 +94,11 @@ def migrate(
     finally:
         journal.close()
     return Summary([found[task.output] for task in tasks])
+
+
+def output_files(tasks: Sequence[Task], output: Path) -> list[Path]:
+    """Return the files that a migration to a folder writes: the journal and the results."""
+    return [output / JOURNAL, *(output / task.output for task in tasks)]
 
 
 def _check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
