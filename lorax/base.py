@@ -77,12 +77,14 @@ class Base:
         """
         import torch
 
+        from .linalg import all_finite
+
         for known, place, matrix in self._last:
             if (known, place) == (name, device):
                 return matrix
         layer = self.layers[name]
         matrix = self.read(layer).to(device, torch.float32).reshape(layer.matrix_shape)
-        if not bool(torch.isfinite(matrix).all()):
+        if not all_finite(matrix):
             raise NumericsError("a weight of a base holds NaN or Inf", f"{name} in {self.name}", "use a sound copy")
         self._last[:] = [(name, device, matrix)]
         return matrix

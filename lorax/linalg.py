@@ -140,6 +140,15 @@ def gram(X: Tensor) -> Tensor:
     return G
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether every number is finite as float32.
+
+    NaN and Inf stay in a sum, which is quicker than a look at each number; a sum of finite numbers can be too large.
+    """
+    tensor = tensor.float()
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def polar(matrix: Tensor) -> Tensor:
     """Return the polar factor, the solution of `argmin_R ||X R - Y||_F` for `X^T Y`: orthonormal rows or columns."""
     U, _, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorax import OptionError
-from lorax.linalg import decompose, gram, leading_subspace, norm, polar, recompress, refactor
+from lorax.linalg import all_finite, decompose, gram, leading_subspace, norm, polar, recompress, refactor
 
 
 def randn(*shape, seed=0):
@@ -143,3 +145,16 @@ def test_refactor_is_the_best_approximation(rank):
     B, A = refactor(torch.zeros(4, 6), 3)
     assert (B.shape, A.shape) == ((4, 1), (1, 6))
     assert not bool((B @ A).any())
+
+
+@given(st.lists(st.floats(width=32), max_size=5), st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+def test_all_finite_is_what_numpy_says_of_the_numbers(values, dtype):
+    tensor = torch.tensor(values).to(dtype)
+    assert all_finite(tensor) == bool(np.isfinite(tensor.float().numpy()).all())
+
+
+def test_finite_numbers_with_a_sum_beyond_float32_are_finite():
+    assert all_finite(torch.full((3,), 3e38))
+    assert not all_finite(torch.tensor([3e38, 3e38, float("nan")]))
+    assert not all_finite(torch.tensor([float("inf"), float("-inf")]))
+    assert not all_finite(torch.tensor([1e300], dtype=torch.float64))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import FormatError, MismatchError, NumericsError
 from ..layers import Layer
-from ..linalg import norm
+from ..linalg import all_finite, norm
 from .dora import decomposed, with_magnitude_of
 
 # What an update may be; more is refused, before a small file makes much memory. The numbers are ours.
@@ -313,7 +313,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
     Raises:
         NumericsError: It holds NaN or Inf.
     """
-    if not bool(torch.isfinite(tensor.float()).all()):
+    if not all_finite(tensor):
         raise beyond(f"{name}, as {str(tensor.dtype).removeprefix('torch.')}")
 
 

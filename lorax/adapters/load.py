@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from ..base import Base
 from ..errors import FormatError, LoraxError, NumericsError
 from ..families import Family, families
 from ..layers import Layer
+from ..linalg import all_finite
 from ..tensorfile import TensorFile, parse_json
 from .config import PeftConfig, peft_config
 from .diff import VectorLayer
@@ -187,7 +187,7 @@ class _Reading:
 
     def _finite(self, key: str) -> Tensor:
         tensor = self.file.tensor(key)
-        if not bool(torch.isfinite(tensor.float()).all()):
+        if not all_finite(tensor):
             raise NumericsError("an adapter holds NaN or Inf", f"{key} in {self.file.path}", "use a sound copy")
         return tensor
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import NumericsError, OptionError
 from ..families import Family
 from ..layers import Layer
+from ..linalg import all_finite
 from ..options import NAMINGS
 from ..tensorfile import check_output, serialize, write_bytes
 from .diff import VectorLayer
@@ -147,6 +148,6 @@ def _parts(layer: AdapterLayer, naming: str) -> dict[str, Tensor]:
 
 def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     stored = tensor.to(dtype)
-    if not bool(torch.isfinite(stored.float()).all()):
+    if not all_finite(stored):
         raise NumericsError("a number does not fit the output's dtype", f"{key} as {dtype}", "store float32")
     return stored
