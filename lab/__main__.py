@@ -1,4 +1,4 @@
-"""`python -m lab round STYLE SEED | cost | report`: what is missing (data, bases, judge) is made first."""
+"""`python -m lab round STYLE SEED | cost | related | report`: what is missing (data, bases, judge) is made first."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ def main() -> None:
     one.add_argument("style", choices=STYLES[2:])
     one.add_argument("seeds", type=int, nargs="+")
     parts.add_parser("cost", help="time a source beside the target, as X-Adapter has it")
+    parts.add_parser("related", help="compare two related models that others trained")
     parts.add_parser("report", help="write docs/results.md from what is stored")
     words = parser.parse_args()
     if words.part == "report":
@@ -25,6 +26,10 @@ def main() -> None:
         from .experiments import cost
 
         (RESULTS / "cost.json").write_text(json.dumps(cost(), indent=1) + "\n")
+    elif words.part == "related":
+        from .related import measure
+
+        (RESULTS / "related.json").write_text(json.dumps(measure(), indent=1) + "\n")
     else:
         from .experiments import run_round
 

@@ -213,6 +213,25 @@ def predictors(results: Results, path: Path) -> str:
     return table(["bases", "moved by", "predictor", "rank correlation", "layer groups"], sorted(rows))
 
 
+def related(found: Row) -> str:
+    """Return what changed between two releases of a model, and where, by kind of layer."""
+    rows = [
+        [group["kind"], str(group["layers"]), f"{100 * group['moved']:.2f}"]
+        + [f"{100 * group[share]:.0f}" for share in ("weight_inside", "change_inside", "chance")]
+        for group in sorted(found["groups"], key=lambda group: -group["layers"])
+        if group["layers"] > 2
+    ]
+    head = [
+        "layers",
+        "count",
+        "changed by, %",
+        "of the weight in its leading quarter, %",
+        "of the change, %",
+        "by chance, %",
+    ]
+    return table(head, rows)
+
+
 def write() -> None:
     """Write docs/results.md and its pictures."""
     results = Results()
@@ -226,6 +245,7 @@ def write() -> None:
     cost = json.loads((RESULTS / "cost.json").read_text())
     beside, alone = cost["source beside it"], cost["target alone"]
     compared = against_copy(results)
+    others = json.loads((RESULTS / "related.json").read_text())
     parts = {
         "SEEDS": ", ".join(f"{style}: {count}" for style, count in results.seeds.items()),
         "HOURS": f"{sum(results.seconds) / 3600:.1f}",
@@ -254,6 +274,9 @@ def write() -> None:
             for way in ("orthogonal", "copy")
             for name, kind in (("LORA", "lora-16"), ("LORA_X", "lora-x"))
         },
+        "NAMESAKES": f"{others['most_similar_to_namesake']} of {others['layers']}",
+        "PRUNED_RIGHT": f"{others['pruned_paired_right']} of {others['pruned_blocks']}",
+        "RELATED": related(others),
         "PREDICTORS": predictors(results, images / "lab-predictors.png"),
         "SHEETS": "\n".join(sheets),
     }

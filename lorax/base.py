@@ -184,6 +184,9 @@ def open_base(path: str | os.PathLike[str]) -> Base:
     family, prefix, shapes = _recognise(main, str(path))
     found = family.layers(shapes)
     naming = "original" if any(layer.original in shapes for layer in found) else "diffusers"
+    spellings = family.spellings(found)
+    if family is UNKNOWN:
+        spellings |= {prefix + layer.path: [layer.name] for layer in found}
     places: dict[str, _Place] = {}
     for layer in found:
         key = prefix + (layer.original if naming == "original" and layer.original else layer.path) + ".weight"
@@ -198,7 +201,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
     return Base(
         name=path.name,
         family=family,
-        layers=LayerTable(layers, family.spellings(found)),
+        layers=LayerTable(layers, spellings),
         read=lambda layer: places[layer.name].read(),
         vectors=LayerTable(family.vectors(_sizes(main, prefix), found)),
         files=list({file.path: None for files in parts.values() for file in files.values()}),
@@ -273,12 +276,24 @@ def _recognise(files: Mapping[str, TensorFile], name: str) -> tuple[Family, str,
         if family := recognise(shapes):
             return family, prefix, shapes
     prefix = next((prefix for prefix in found if prefix in (*PREFIXES[:2], "")), "")
-    shapes = found.get(prefix, {})
+    prefix += _wrapper(found.get(prefix, {}))
+    shapes = _module_shapes(files, prefix)
     if not any(layer.block for layer in UNKNOWN.layers(shapes)):
         got = f"{name} with keys such as {', '.join(list(files)[:2]) or '(none)'}"
         known = ", ".join(family.label for family in families().values())
         raise FormatError("no diffusion model in the file", got, f"give a checkpoint of one of: {known}")
     return UNKNOWN, prefix, shapes
+
+
+def _wrapper(shapes: Shapes) -> str:
+    """Return the modules around a whole model, such as `network.`, which another release may call otherwise."""
+    found = ""
+    while len({path.removeprefix(found).partition(".")[0] for path in shapes}) == 1:
+        head, _, rest = next(iter(shapes)).removeprefix(found).partition(".")
+        if not rest or rest[0].isdigit():
+            break
+        found += f"{head}."
+    return found
 
 
 def _spelled(

@@ -13,7 +13,7 @@ CONTAINERS = {
 }  # fmt: skip
 UNET_BLOCK = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+(?:\.transformer_blocks\.\d+)?(?=\.)")
 FIRST_BLOCK = re.compile(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)")
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+ATTENTION = re.compile(r"attn|attention|\bqkv\b", re.IGNORECASE)
 
 
 def flatten(path: str) -> str:

@@ -165,6 +165,11 @@ class _Block:
     place: tuple[int, ...]
     layers: dict[str, Layer] = field(default_factory=dict[str, Layer])
 
+    @property
+    def compared(self) -> dict[str, Layer]:
+        """The layers by which it is told from others: its attention projections; where it has none, all."""
+        return {role: layer for role, layer in self.layers.items() if layer.is_attention} or self.layers
+
 
 def _stages(table: LayerTable) -> dict[str, list[_Block]]:
     """Return the blocks of each stage in order: the stage is what stays of a name without the numbers of the block.
@@ -186,11 +191,10 @@ def _stages(table: LayerTable) -> dict[str, list[_Block]]:
 
 
 def _roles(blocks_s: list[_Block], blocks_t: list[_Block]) -> list[tuple[list[Layer], list[Layer]]]:
-    """Return the layers to compare, role by role: the attention projections; where a block has none, all layers."""
-    layers = [layer for block in blocks_s for layer in block.layers.values()]
-    attention = any(layer.is_attention for layer in layers)
-    roles = dict.fromkeys(layer.role for layer in layers if layer.is_attention or not attention)
-    both = [[[b.layers[role] for b in blocks if role in b.layers] for blocks in (blocks_s, blocks_t)] for role in roles]
+    """Return the layers to compare, role by role."""
+    compared = [[block.compared for block in blocks] for blocks in (blocks_s, blocks_t)]
+    roles = dict.fromkeys(role for layers in compared[0] for role in layers)
+    both = [[[layers[role] for layers in side if role in layers] for side in compared] for role in roles]
     return [(sources, targets) for sources, targets in both if targets]
 
 
@@ -212,14 +216,13 @@ def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> t
 
 
 def _in_order(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[dict[str, str], str]:
-    roles = {layer.role for sources, _ in _roles(blocks_s, blocks_t) for layer in sources}
-
-    def value(s: _Block, t: _Block) -> float:
-        values = [_score(s.layers[role], t.layers[role], scores) for role in roles & s.layers.keys() & t.layers.keys()]
+    def value(s: Mapping[str, Layer], t: Mapping[str, Layer]) -> float:
+        values = [_score(s[role], t[role], scores) for role in sorted(s.keys() & t.keys())]
         finite = [value for value in values if not math.isnan(value)]
         return sum(finite) if finite else math.nan
 
-    table = [[value(s, t) for t in blocks_t] for s in blocks_s]
+    compared_s, compared_t = ([block.compared for block in blocks] for blocks in (blocks_s, blocks_t))
+    table = [[value(s, t) for t in compared_t] for s in compared_s]
     if all(math.isnan(value) for row in table for value in row):
         chosen, way = spread(len(blocks_s), len(blocks_t)), "position"
     else:
