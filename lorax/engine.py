@@ -58,7 +58,8 @@ class Engine:
     def digests(self, base: Base, names: Sequence[str]) -> list[str]:
         """Return `Base.digest` of some layers, several at a time."""
         with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
-            return list(pool.map(base.digest, names))
+            list(pool.map(base.digest, (name for name in names if name not in base.digests)))
+        return [base.digest(name) for name in names]
 
     def weights(self, base: Base, names: Sequence[str]) -> Iterator[Tensor]:
         """Yield the weights of some layers; while one is worked on, the next is read."""
