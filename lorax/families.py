@@ -86,6 +86,7 @@ class Family:
         aliases: Further spellings of original modules, such as those that ComfyUI changes; as `modules`.
         rows: How the rows of a fused weight are shared where it is not as usual: `n` for the number of columns.
         ratio: Rows to a column that a weight must have for its diffusers name, where blocks differ in it.
+        depth: How many blocks its largest model has, where an adapter's names alone do not tell: container -> number.
         variants: Named members.
         text_encoders: Its text encoders.
         unet: For a U-Net, the configuration of the full-size model.
@@ -102,6 +103,7 @@ class Family:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     ratio: Mapping[str, int] = field(default_factory=dict[str, int])
+    depth: Mapping[str, int] = field(default_factory=dict[str, int])
     variants: tuple[Variant, ...] = ()
     text_encoders: tuple[TextEncoder, ...] = ()
     unet: UNetConfig | None = None
@@ -164,6 +166,11 @@ class Family:
                 Layer(f"{self.component}.{path or module}.{parameter}", (size,), f"{original or module}.{parameter}")
             )
         return found
+
+    def blocks_after(self, layer: Layer) -> int:
+        """Return how many blocks its largest model has after that of a layer; below 0: it has no such block."""
+        container, _, rest = layer.path.partition(".")
+        return self.depth[container] - 1 - int(rest.partition(".")[0]) if container in self.depth else 0
 
     def find(self, component: str, path: str, shape: tuple[int, ...] = ()) -> list[Layer]:
         """Return the layers that a module path of an adapter file means, as far as the names tell without a base.
@@ -337,6 +344,7 @@ def _family(name: str, entry: dict[str, Any]) -> Family:
         aliases={k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("aliases", {}).items()},
         rows={k: tuple(v) for k, v in entry.get("rows", {}).items()},
         ratio=entry.get("ratio", {}),
+        depth=entry.get("depth", {}),
         variants=tuple(
             Variant(v["label"], v.get("blocks", {}), v.get("width", 0), tuple(v.get("has", ())))
             for v in entry.get("variants", ())

@@ -1,5 +1,6 @@
 """The tables of the families against diffusers: its models, built on no device, and its converters of checkpoints."""
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -8,8 +9,10 @@ import diffusers
 import diffusers.loaders.single_file_utils as single_file
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lorax
+from lorax import load_adapter
 from lorax.families import families, recognise
 
 TABLES = sorted((Path(lorax.__file__).parent / "tables").glob("*.toml"))
@@ -295,6 +298,37 @@ def test_lora_spellings_are_found_without_a_base(name):
             assert layer.name in [found.name for found in family.find("transformer", path)]
 
 
+# Their attention has the same names in diffusers; with only that in a file, the number of blocks tells them apart.
+DEPTHS = {
+    "flux": ("FluxTransformer2DModel", 19),
+    "flux2": ("Flux2Transformer2DModel", 8),
+    "hunyuan_video": ("HunyuanVideoTransformer3DModel", 20),
+    "hunyuan_video_15": ("HunyuanVideo15Transformer3DModel", 54),
+    "krea2": ("Krea2Transformer2DModel", 28),
+    "qwen_image": ("QwenImageTransformer2DModel", 60),
+    "sd3": ("SD3Transformer2DModel", 38),  # Stable Diffusion 3.5 Large; the default of the class is none that exists
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_a_lora_of_all_attention_in_diffusers_naming_is_told_by_its_blocks(name, tmp_path):
+    """As train_dreambooth_lora_*.py of diffusers writes it where no layers are named: keys and values, no text."""
+    model, depth = DEPTHS[name]
+    default = inspect.signature(getattr(diffusers, model).__init__).parameters["num_layers"].default
+    assert default == depth or name == "sd3"
+    tensors = {
+        f"transformer.transformer_blocks.{i}.attn.{part}.lora_{side}.weight": torch.ones(2, 2)
+        for i in range(depth)
+        for part in ("to_q", "to_k", "to_v", "to_out.0")
+        for side in "AB"
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    adapter = load_adapter(tmp_path / "lora.safetensors")
+    # No more blocks than FLUX.1 has: there are far more adapters for that.
+    assert adapter.family.name == (name if depth > 19 else "flux")
+    assert len(adapter.layers) == 4 * depth
+
+
 def test_aliases_mean_the_layers_of_the_original_module():
     flux, hunyuan = families()["flux"], families()["hunyuan_video"]
     parts = flux.find("unet", "single_blocks.7.linear1_qkv", (48, 16))
@@ -330,6 +364,7 @@ KNOWN = {
     "aliases",
     "rows",
     "ratio",
+    "depth",
     "variants",
 }
 KNOWN |= {"text_encoders", "unet"}

@@ -30,9 +30,10 @@ def family_of(shapes: Mapping[Module, Shape], namings: Mapping[Module, str], bas
     return best if scores[best][0] else None
 
 
-def _score(shapes: Mapping[Module, Shape], namings: Mapping[Module, str], family: Family) -> tuple[int, int, bool]:
-    """Return how many modules are layers of a family, how many are spelled as its files spell them."""
+def _score(shapes: Mapping[Module, Shape], namings: Mapping[Module, str], family: Family) -> tuple[int, ...]:
+    """Return how well a family fits: how many modules are layers of it, and what decides between equals."""
     fitting = spelled = 0
+    after: list[int] = []
     for module, shape in shapes.items():
         naming = namings[module]
         layers = layers_of(module, shape, family, naming)
@@ -43,7 +44,9 @@ def _score(shapes: Mapping[Module, Shape], namings: Mapping[Module, str], family
             # Kohya's files of transformers have no second spelling, but other families' names are like it.
             fitting += is_spelled or naming != "kohya" or family.unet is not None or module[0] not in MAIN
             spelled += is_spelled
-    return fitting, spelled, family.name == PREFERRED
+            after.append(family.blocks_after(layers[0]))
+    there = [blocks for blocks in after if blocks >= 0]
+    return fitting, spelled, len(there), family.name == PREFERRED, -min(there, default=0)
 
 
 def layers_of(module: Module, shape: Shape, family: Family, naming: str) -> list[Layer]:
