@@ -133,84 +133,110 @@ def kinds(results: Results, on: str, names: dict[str, str]) -> str:
         for way in results.ways(on=on, kind=kind):
             if way == "trained" or not results.of("style", on=on, kind=kind, way=way):
                 continue
-            of = _reader(results, on=on, kind=kind, way=way)
-            rows.append(
-                [
-                    kind,
-                    way,
-                    of("style"),
-                    of("style_change", "+.1f"),
-                    of("closed", ".2f"),
-                    of("retained", ".2f"),
-                    published,
-                ]
-            )
+            line = [kind, way]
+            for style in results.styles:
+                of = _reader(results, on=on, kind=kind, way=way, style_name=style)
+                line += [of("style"), of("style_change", "+.1f"), of("closed", ".2f")]
+            rows.append([*line, told(results.of("retained", on=on, kind=kind, way=way), ".2f"), published])
             published = ""
-    head = ["adapter", "moved by", "style score", "against trained on the target, %", "gap closed", "norm that arrived",
-            "published, HPSv2"]  # fmt: skip
-    return table(head, rows)
+    measures = "style score", "against trained on the target, %", "gap closed"
+    head = ["adapter", "moved by", *(f"{style}: {measure}" for style in results.styles for measure in measures)]
+    return table([*head, "norm that arrived", "published, HPSv2"], rows)
 
 
 def all_ways(results: Results, kind: str) -> str:
     """Return the closed gap of every way on every pair, the best of the fine-tune first."""
     order = [*results.ways(on="fine-tune", kind=kind)]
     order += [way for on in PAIRS[1:] for way in results.ways(on=on, kind=kind) if way not in order]
+    columns = [(style, on) for style in results.styles for on in PAIRS]
     rows = [
-        [way, *(told(results.of("closed", on=on, kind=kind, way=way), ".3f") for on in PAIRS)]
+        [
+            way,
+            *(told(results.of("closed", style_name=style, on=on, kind=kind, way=way), ".3f") for style, on in columns),
+        ]
         for way in dict.fromkeys(order)
         if way != "trained"
     ]
-    return table(["moved by", *(f"source to {on}" for on in PAIRS)], rows)
+    return table(["moved by", *(f"{style}, to {on}" for style, on in columns)], rows)
 
 
-def closed(results: Results, kind: str, way: str) -> str:
-    """Return the closed gap on the targets of the source's size, as it stands in a sentence."""
-    same = PAIRS[:-1]
-    return ", ".join(f"{statistics.fmean(results.of('closed', on=on, kind=kind, way=way)):.2f}" for on in same)
-
-
-def against_copy(results: Results) -> list[list[str]]:
-    """Return, for every way, in how many comparisons of one seed it closed more of the gap than copying."""
-    keyed = {
-        (r["on"], r["kind"], r["style_name"], r["seed"], r["way"]): r["closed"] for r in results.rows if "closed" in r
-    }
-    rows: list[list[str]] = []
-    for way in sorted({key[-1] for key in keyed} - {"copy", "trained", "no adapter"}):
-        both = [
-            (value, keyed[*key[:-1], "copy"])
-            for key, value in keyed.items()
-            if key[-1] == way and (*key[:-1], "copy") in keyed
+def closed(results: Results, kind: str, *ways: str) -> str:
+    """Return the closed gap of some ways, by style and target of the source's size."""
+    rows = [
+        [
+            style,
+            way,
+            *(told(results.of("closed", style_name=style, on=on, kind=kind, way=way), ".2f") for on in PAIRS[:-1]),
         ]
-        if both:
-            gains = [ours - copy for ours, copy in both]
-            rows.append([way, f"{sum(gain > 0 for gain in gains)} of {len(gains)}", told(gains, "+.4f")])
-    return sorted(rows, key=lambda row: -float(row[2].split()[0]))
+        for style in results.styles
+        for way in ways
+    ]
+    return table([f"{kind}: style", "moved by", *(f"gap closed on {on}" for on in PAIRS[:-1])], rows)
+
+
+def gains(results: Results, *styles: str) -> dict[str, list[float]]:
+    """Return, for every way, what it closed more of the gap than copying, in each comparison of one seed."""
+    keyed = {
+        (r["on"], r["kind"], r["style_name"], r["seed"], r["way"]): r["closed"]
+        for r in results.rows
+        if "closed" in r and r["style_name"] in styles
+    }
+    found: dict[str, list[float]] = {}
+    for key, value in keyed.items():
+        if key[-1] not in ("copy", "trained", "no adapter") and (*key[:-1], "copy") in keyed:
+            found.setdefault(key[-1], []).append(value - keyed[*key[:-1], "copy"])
+    return found
+
+
+def better(values: Sequence[float]) -> str:
+    """Return how many are above 0, and of how many."""
+    return f"{sum(value > 0 for value in values)} of {len(values)}"
+
+
+def against_copy(results: Results) -> str:
+    """Return for every way in how many comparisons it was better than copying, and by how much."""
+    found = sorted(gains(results, *results.styles).items(), key=lambda item: -statistics.fmean(item[1]))
+    rows = [[way, better(values), told(values, "+.4f")] for way, values in found]
+    return table(["moved by", "better than copy", "difference of the closed gap"], rows)
+
+
+def losses(results: Results, style: str) -> str:
+    """Return the losses of fine-tune and source on a style without any adapter, and of the source with one."""
+    ways = (("source", ""), ("fine-tune", ""), ("source", "lora-16"))
+    source, there, home = (
+        statistics.fmean(results.of("loss", style_name=style, on=on, kind=kind)) for on, kind in ways
+    )
+    return f"{there:.3f}, where the source has {source:.3f}, and {home:.3f} with its LoRA"
 
 
 def predictors(results: Results, path: Path) -> str:
     """Return what foretells the share of a layer group's gain that arrives, for each pair of bases; draw it."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True)
     rows: list[list[str]] = []
     names = {"similarity": "similarity", "corrected": "corrected similarity", "retained": "norm that arrived"}
     useful = [row for row in results.groups if row["gain_on_source"] > LEAST_GAIN]
     for axis, (measure, name) in zip(axes, names.items(), strict=True):
         for way, colour in (("copy", "#0072b2"), ("project", "#d55e00")):
             for on, sign in (("fine-tune", "o"), ("pruned", "^")):
-                rows_of = [row for row in useful if row["way"] == way and row["on"] == on]
-                x, y = [row[measure] for row in rows_of], [row["gain"] / row["gain_on_source"] for row in rows_of]
-                axis.scatter(x, y, s=16, color=colour, marker=sign, label=f"{way}, {on}", alpha=0.7, linewidths=0)
-                correlation = spearman(x, y)
-                told = "-" if math.isnan(correlation) else f"{correlation:+.2f}"
-                rows.append([f"source to {on}", way, name, told, str(len(x))])
+                line = [f"source to {on}", way, name]
+                for style, filled in zip(results.styles, (True, False), strict=True):
+                    of = [r for r in useful if (r["way"], r["on"], r["style"]) == (way, on, style)]
+                    x, y = [row[measure] for row in of], [row["gain"] / row["gain_on_source"] for row in of]
+                    face = colour if filled else "none"
+                    label = f"{way}, {on}, {style}"
+                    axis.scatter(x, y, s=16, edgecolors=colour, facecolors=face, marker=sign, label=label, alpha=0.7)
+                    correlation = spearman(x, y)
+                    line.append("-" if math.isnan(correlation) else f"{correlation:+.2f} ({len(x)})")
+                rows.append(line)
         axis.set_xlabel(name)
         axis.axhline(1, color="#999999", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("gain on the target / on the source")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper center", ncols=4)
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    figure.tight_layout(rect=(0, 0, 1, 0.86))
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return table(["bases", "moved by", "predictor", "rank correlation", "layer groups"], sorted(rows))
+    return table(["bases", "moved by", "predictor", *results.styles], sorted(rows))
 
 
 def related(found: Row) -> str:
@@ -244,7 +270,6 @@ def write() -> None:
         )
     cost = json.loads((RESULTS / "cost.json").read_text())
     beside, alone = cost["source beside it"], cost["target alone"]
-    compared = against_copy(results)
     others = json.loads((RESULTS / "related.json").read_text())
     parts = {
         "SEEDS": ", ".join(f"{style}: {count}" for style, count in results.seeds.items()),
@@ -266,14 +291,20 @@ def write() -> None:
         ),
         "WAYS_LORA_X": all_ways(results, "lora-x"),
         "WAYS_LORA": all_ways(results, "lora-16"),
-        "AGAINST_COPY": table(["moved by", "better than copy", "difference of the closed gap"], compared),
-        "BETTER": next(row[1] for row in compared if row[0] == "orthogonal"),
-        "NEAREST": f"{-statistics.fmean(results.of('style_change', on='near', kind='lora-16', way='orthogonal')):.0f}",
+        "AGAINST_COPY": against_copy(results),
+        **{f"BETTER_{style.upper()}": better(gains(results, style)["orthogonal"]) for style in results.styles},
+        "WORST": f"{-min(gains(results, *results.styles)['orthogonal']):.3f}",
+        **{f"LOSS_{style.upper()}": losses(results, style) for style in results.styles},
         **{
-            f"{way.upper()}_{name}": closed(results, kind, way)
-            for way in ("orthogonal", "copy")
-            for name, kind in (("LORA", "lora-16"), ("LORA_X", "lora-x"))
+            f"NEAREST_{style.upper()}": told(
+                results.of("style_change", style_name=style, on="near", kind="lora-16", way="orthogonal"), "+.0f"
+            )
+            for style in results.styles
         },
+        "CLOSED": "\n".join(
+            closed(results, kind, "orthogonal", "copy", "copy, strength 0.75", "project")
+            for kind in ("lora-16", "lora-x")
+        ),
         "NAMESAKES": f"{others['most_similar_to_namesake']} of {others['layers']}",
         "PRUNED_RIGHT": f"{others['pruned_paired_right']} of {others['pruned_blocks']}",
         "RELATED": related(others),
