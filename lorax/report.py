@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -77,6 +78,12 @@ class Row:
         """`||delta_weight after||_F / ||delta_weight before||_F`; NaN for an update of zero."""
         return self.target_norm / self.source_norm if self.source_norm else math.nan
 
+    @property
+    def wanted_norm(self) -> float:
+        """`source_norm`, less what `orthogonal` left out because the target does it already."""
+        left_out = self.method == "orthogonal" and self.outcome is Outcome.TRANSFERRED and not self.rank
+        return self.target_norm if left_out else self.source_norm
+
     def to_json(self) -> dict[str, Any]:
         """Return the row as plain data, NaN as None."""
         return {
@@ -122,18 +129,25 @@ class TransferReport:
     @property
     def retained_energy(self) -> float:
         """`||all updates after||_F / ||all updates before||_F`, over every row; what did not arrive counts as lost."""
-        before = math.sqrt(sum(row.source_norm**2 for row in self.rows))
-        after = math.sqrt(sum(row.target_norm**2 for row in self.rows))
-        return after / before if before else math.nan
+        return self._share(row.source_norm for row in self.rows)
 
     @property
     def suggested_strength(self) -> float:
-        """The strength that gives the update its former norm, `1 / retained_energy`, at most MOST_STRENGTH.
+        """The strength that gives the update its former norm, less what `orthogonal` left out; at most MOST_STRENGTH.
 
-        It is 1 where all of the update arrived, or none.
+        It is 1 where all of that arrived, or none.
         """
-        retained = self.retained_energy
-        return min(1 / retained, MOST_STRENGTH) if 0 < retained < 1 else 1.0
+        kept = self._kept
+        return min(1 / kept, MOST_STRENGTH) if 0 < kept < 1 else 1.0
+
+    @property
+    def _kept(self) -> float:
+        """As `retained_energy`, of what should arrive."""
+        return self._share(row.wanted_norm for row in self.rows)
+
+    def _share(self, norms: Iterable[float]) -> float:
+        before = math.hypot(*norms)
+        return math.hypot(*(row.target_norm for row in self.rows)) / before if before else math.nan
 
     @property
     def summary(self) -> str:
@@ -141,17 +155,20 @@ class TransferReport:
         retained = self.retained_energy
         if not math.isfinite(retained):
             return f"{self.arrived} of {len(self.rows)} layers arrived; the update is zero"
-        reason = "all of it arrived" if self.suggested_strength == 1 else "to make up for what was lost"
+        share, strength = f"{retained:.0%}", f"{self.suggested_strength:.2f}"
+        reason = "all of it arrived" if share == "100%" else "what the target does already is left out"
+        if strength != "1.00":
+            reason = "to make up for what was lost"
         return (
-            f"{self.arrived} of {len(self.rows)} layers arrived, {retained:.0%} of the update's norm kept; "
-            f"suggested strength {self.suggested_strength:.2f} ({reason})"
+            f"{self.arrived} of {len(self.rows)} layers arrived, {share} of the update's norm kept; "
+            f"suggested strength {strength} ({reason})"
         )
 
     @property
     def warnings(self) -> list[str]:
         """What the user should know and do, in words; empty when all is well."""
         found: list[str] = []
-        if self.retained_energy < WEAK:
+        if self._kept < WEAK:
             found.append(
                 f"weak effect: only {self.retained_energy:.0%} of the update's norm arrives; try {self._advice}, "
                 f"or a strength of about {self.suggested_strength:.1f}"
@@ -175,7 +192,7 @@ class TransferReport:
         """What to try first, by where most of the update was lost: by whole layers or by the method."""
         lost = {outcome: 0.0 for outcome in Outcome}
         for row in self.rows:
-            lost[row.outcome] += row.source_norm**2 - row.target_norm**2
+            lost[row.outcome] += row.wanted_norm**2 - row.target_norm**2
         most = max(lost, key=lambda outcome: lost[outcome])
         if most is Outcome.BELOW_THRESHOLD:
             return "a lower threshold or a target closer to the source"

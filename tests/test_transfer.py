@@ -394,6 +394,24 @@ def test_auto_leaves_out_what_the_target_does_already(bases, lora):
     assert 0 < taken < len(report.rows)
 
 
+def test_no_strength_makes_up_for_what_is_left_out_on_purpose(bases, lora):
+    source, target = bases
+
+    def read(layer):
+        """All the way that the adapter goes, so that all of it is there already."""
+        own = lora.layers.get(layer.name)
+        return source.read(layer) + (own.delta_weight().reshape(layer.shape) if own else 0)
+
+    drifted = replace(target, read=read)
+    _, report = transfer_adapter(lora, source, drifted, method="orthogonal", threshold=-1e9)
+    assert report.retained_energy < 0.01
+    assert report.suggested_strength == 1
+    assert "left out" in report.summary
+    assert not any("weak effect" in text for text in report.warnings)
+    _, report = transfer_adapter(lora, source, target, method="project", rank=8)
+    assert report.suggested_strength == pytest.approx(min(4, 1 / report.retained_energy))
+
+
 def test_copy_does_what_a_lora_x_does_on_its_source(bases, lora_x):
     source, target = bases
     result, report = transfer_adapter(lora_x, source, target, method="copy")
