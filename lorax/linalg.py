@@ -129,10 +129,15 @@ def _subspace(U: Tensor, S: Tensor, Vh: Tensor) -> Subspace:
     return Subspace(U.float().contiguous(), S.float().contiguous(), Vh.float().contiguous())
 
 
-def gram(X: Tensor) -> Tensor:
-    """Return `X X^T`, `[d, d]` for `X [d, p]`, exactly symmetric, without computing most of its mirrored half."""
+def gram(X: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return `X X^T`, `[d, d]` for `X [d, p]`, exactly symmetric, without computing most of its mirrored half.
+
+    Args:
+        X: The factor.
+        out: Where to write it, `[d, d]`; None makes a new tensor.
+    """
     d = X.shape[0]
-    G = X.new_empty(d, d)
+    G = X.new_empty(d, d) if out is None else out
     for i in range(0, d, GRAM_ROWS):
         end = min(i + GRAM_ROWS, d)
         G[i:, i:end] = X[i:] @ X[i:end].T

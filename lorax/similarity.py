@@ -7,7 +7,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .progress import Progress, counter, silent, unheard
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
 GRAM_LIMIT = 4096
 # How much of the source is held at once while the target streams by.
-BUDGET_BYTES = 512 * 2**20
+BUDGET_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,48 +53,57 @@ class _Side:
     held: Tensor
 
 
-def _sides(weight: Tensor) -> tuple[_Side, _Side]:
-    """Return the left (output) and the right (input) side: `W W^T` and `W^T W` have one trace and one norm."""
-    wide = weight.shape[0] <= weight.shape[1]
-    G = gram(weight if wide else weight.T)
-    trace, norm = float(G.diagonal().double().sum()), float(torch.linalg.vector_norm(G.double()))
-    left = G if wide and G.shape[0] <= GRAM_LIMIT else _held(weight)
-    right = G if not wide and G.shape[0] <= GRAM_LIMIT else _held(weight.T)
-    return _Side(weight.shape[0], trace, norm, left), _Side(weight.shape[1], trace, norm, right)
-
-
-def _leading_sides(space: Subspace) -> tuple[_Side, _Side]:
-    """Return the two sides of a weight cut to its leading triplets."""
-    energy = space.S.double().square()
-    trace, norm = float(energy.sum()), float(energy.norm())
-    left, right = _held(space.U * space.S), _held(space.Vh.T * space.S)
-    return _Side(space.U.shape[0], trace, norm, left), _Side(space.Vh.shape[1], trace, norm, right)
-
-
-def _held(X: Tensor) -> Tensor:
-    return gram(X) if X.shape[0] <= GRAM_LIMIT else X
-
-
-@dataclass(frozen=True, slots=True)
 class _Group:
-    """One side of some layers; the Gram matrices of one width lie in one matrix, a row for each."""
+    """One side of some layers; the Gram matrices of one width lie in one tensor `[layers, d, d]`, where they are made.
 
-    sides: list[_Side]
-    places: dict[int, list[int]]
-    stacks: dict[int, Tensor]
+    Args:
+        sizes: The width of each layer.
+        device: Where to compute.
+    """
+
+    def __init__(self, sizes: list[int], device: str | torch.device) -> None:
+        self.sides: list[_Side] = []
+        self.places: dict[int, list[int]] = {}
+        for i, d in enumerate(sizes):
+            self.places.setdefault(d, []).append(i)
+        self.stacks = {
+            d: torch.empty(len(found), d, d, device=device) for d, found in self.places.items() if d <= GRAM_LIMIT
+        }
+
+    def held(self, X: Tensor) -> Tensor:
+        """Return `X X^T` for the next layer in its place; `X` itself where it is too wide for that."""
+        i, d = len(self.sides), X.shape[0]
+        return gram(X, self.stacks[d][self.places[d].index(i)]) if d in self.stacks else X
+
+    def add(self, trace: float, norm: float, held: Tensor) -> None:
+        """Add the next layer."""
+        self.sides.append(_Side(held.shape[0], trace, norm, held))
 
 
-def _group(sides: list[_Side]) -> _Group:
-    places: dict[int, list[int]] = {}
-    for i, side in enumerate(sides):
-        places.setdefault(side.d, []).append(i)
-    stacks: dict[int, Tensor] = {}
-    for d, found in places.items():
-        if d <= GRAM_LIMIT:
-            stacks[d] = torch.stack([sides[i].held.flatten() for i in found])
-            for i in found:
-                sides[i] = replace(sides[i], held=stacks[d].new_empty(0))
-    return _Group(sides, places, stacks)
+Groups = tuple[_Group, _Group]
+
+
+def _groups(shapes: list[tuple[int, int]], device: str | torch.device) -> Groups:
+    """Return empty groups for the left (output) and the right (input) side of some layers."""
+    return _Group([m for m, _ in shapes], device), _Group([n for _, n in shapes], device)
+
+
+def _add(groups: Groups, weight: Tensor) -> None:
+    """Add a layer: `W W^T` and `W^T W` have one trace and one norm."""
+    left, right = groups[0].held(weight), groups[1].held(weight.T)
+    G = left if weight.shape[0] <= weight.shape[1] else right
+    if G.shape[0] > GRAM_LIMIT:
+        G = gram(weight if G is left else weight.T)
+    trace, norm = float(G.diagonal().double().sum()), float(torch.linalg.vector_norm(G.double()))
+    groups[0].add(trace, norm, left)
+    groups[1].add(trace, norm, right)
+
+
+def _add_leading(groups: Groups, space: Subspace) -> None:
+    """Add a layer that is cut to its leading triplets."""
+    energy = space.S.double().square()
+    for group, X in zip(groups, (space.U * space.S, space.Vh.T * space.S), strict=True):
+        group.add(float(energy.sum()), float(energy.norm()), group.held(X))
 
 
 def _scores(sources: _Group, targets: _Group) -> list[list[Score]]:
@@ -108,7 +117,7 @@ def _scores(sources: _Group, targets: _Group) -> list[list[Score]]:
                 for i in rows
             ]
         else:
-            inner = (sources.stacks[d] @ targets.stacks[d].T).tolist()
+            inner = (sources.stacks[d].flatten(1) @ targets.stacks[d].flatten(1).T).tolist()
         for i, line in zip(rows, inner, strict=True):
             for j, value in zip(columns, line, strict=True):
                 s, t = sources.sides[i], targets.sides[j]
@@ -128,11 +137,14 @@ def pair_scores(source: Tensor, target: Tensor, rank: int | None = None) -> tupl
     Returns:
         Left and right score; a side has NaN where its sizes differ or a weight is zero.
     """
-    (left_s, right_s), (left_t, right_t) = (
-        _sides(weight) if rank is None else _leading_sides(decompose(weight, rank)) for weight in (source, target)
-    )
-    sides = (left_s, left_t), (right_s, right_t)
-    left, right = (_scores(_group([s]), _group([t]))[0][0] for s, t in sides)
+    groups: list[Groups] = []
+    for weight in (source, target):
+        groups.append(_groups([(weight.shape[0], weight.shape[1])], weight.device))
+        if rank is None:
+            _add(groups[-1], weight)
+        else:
+            _add_leading(groups[-1], decompose(weight, rank))
+    left, right = (_scores(s, t)[0][0] for s, t in zip(*groups, strict=True))
     return left, right
 
 
@@ -273,44 +285,45 @@ def _compare(
 ) -> dict[tuple[str, str], tuple[Score, Score]]:
     scores: dict[tuple[str, str], tuple[Score, Score]] = {}
 
-    def sides(base: Base, layers: list[Layer]) -> Iterator[tuple[str, tuple[_Side, _Side]]]:
-        names = [layer.name for layer in layers]
-        found = (
-            map(_sides, engine.weights(base, names))
-            if rank is None
-            else (_leading_sides(engine.triplets(base, name, rank)) for name in names)
+    def compared(base: Base, layers: list[Layer]) -> Groups:
+        groups, names = (
+            _groups([layer.matrix_shape for layer in layers], engine.device),
+            [layer.name for layer in layers],
         )
-        for name, both in zip(names, found, strict=True):
-            tick(name)
-            yield name, both
+        if rank is None:
+            for name, weight in zip(names, engine.weights(base, names), strict=True):
+                tick(name)
+                _add(groups, weight)
+        else:
+            for name in names:
+                tick(name)
+                _add_leading(groups, engine.triplets(base, name, rank))
+        return groups
 
-    for names_s, groups_s in _within(BUDGET_BYTES, sides(source, sources)):
-        for names_t, groups_t in _within(BUDGET_BYTES // 4, sides(target, targets)):
-            left, right = map(_scores, groups_s, groups_t)
-            for i, name_s in enumerate(names_s):
-                for j, name_t in enumerate(names_t):
-                    scores[name_s, name_t] = left[i][j], right[i][j]
+    for some_s in _within(BUDGET_BYTES, sources):
+        groups_s = compared(source, some_s)
+        for some_t in _within(BUDGET_BYTES // 4, targets):
+            left, right = map(_scores, groups_s, compared(target, some_t))
+            for i, s in enumerate(some_s):
+                for j, t in enumerate(some_t):
+                    scores[s.name, t.name] = left[i][j], right[i][j]
     return scores
 
 
-def _within(
-    budget: int, found: Iterator[tuple[str, tuple[_Side, _Side]]]
-) -> Iterator[tuple[list[str], tuple[_Group, _Group]]]:
+def _within(budget: int, layers: list[Layer]) -> Iterator[list[Layer]]:
     """Yield layers in groups: as many as what is held of them fills the budget, one at least."""
-    names: list[str] = []
-    left: list[_Side] = []
-    right: list[_Side] = []
+    found: list[Layer] = []
     size = 0
-    for name, sides in found:
-        names.append(name)
-        left.append(sides[0])
-        right.append(sides[1])
-        size += sum(side.held.nbytes for side in sides)
-        if size >= budget:
-            yield names, (_group(left), _group(right))
-            names, left, right, size = [], [], [], 0
-    if names:
-        yield names, (_group(left), _group(right))
+    for layer in layers:
+        m, n = layer.matrix_shape
+        held = 4 * sum(d * (d if d <= GRAM_LIMIT else other) for d, other in ((m, n), (n, m)))
+        if found and size + held > budget:
+            yield found
+            found, size = [], 0
+        found.append(layer)
+        size += held
+    if found:
+        yield found
 
 
 def highest_rank(layers: Iterable[Layer]) -> int:
