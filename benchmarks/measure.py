@@ -15,6 +15,8 @@ from demo.synthetic import base_tensors
 from lorax import Base, Cache, Engine, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.families import families
 
+from .memory import peak
+
 RANK, LORA_RANK, SAMPLE = 320, 16, 12
 
 
@@ -85,12 +87,6 @@ def error(folder: Path, target: Base, pairs: Mapping[str, str]) -> float:
     return worst
 
 
-def peak() -> float:
-    """Return the most memory that this process had, in GB; getrusage counts that of its parent too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-
-
 def main() -> None:
     what, *words = sys.argv[1:]
     if what == "make":
@@ -107,7 +103,7 @@ def main() -> None:
         "device": device,
         "layers": len(pairs),
         "seconds": round(time.perf_counter() - start, 2),
-        "peak_gb": round(peak(), 2),
+        "peak_gb": round(peak() / 2**30, 2),
     }
     if method == "project":
         row["relative_error"] = error(folder, open_base(folder / "target.safetensors"), pairs)

@@ -25,7 +25,7 @@ from lorax import save_adapter
 from lorax.train import attach, train
 
 from .__main__ import RESULTS, hardware
-from .measure import peak
+from .memory import peak
 
 STEPS, WARM, SIZE, BATCH = 12, 2, 32, 1
 ROWS = (("nothing learns, forward only", 0), ("lora", 16), ("lora-x", 16), ("lora-x", 320))
@@ -77,7 +77,7 @@ def measure(kind: str, rank: int) -> dict[str, object]:
     row |= {
         "seconds_per_step": round(wall, 3),
         "cpu_seconds_per_step": round(cpu, 3),
-        "peak_gb": round(peak(), 2),
+        "peak_gb": round(peak() / 2**30, 2),
         "model_parameters": weights,
     }
     if rank:

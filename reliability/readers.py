@@ -1,7 +1,6 @@
 """What reads files, each called on one file that may be anything; and what a call cost."""
 
 import json
-import resource
 import time
 import traceback
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.memory import peak
 from lorax import (
     Base,
     Cache,
@@ -75,7 +75,7 @@ class Tally:
             self.unexpected[text] = self.unexpected.get(text, 0) + 1
         finally:
             self.slowest = max(self.slowest, time.process_time() - start)
-            self.memory = max(self.memory, _peak() - before)
+            self.memory = max(self.memory, peak() - before)
         return False
 
     def check(self, content: int = 0) -> None:
@@ -93,15 +93,7 @@ def _peak_from_now() -> int:
     """Set the peak of the resident memory back, where the system can (Linux); return the memory now, in bytes."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak()
 
 
 def read_adapter(tally: Tally, path: Path, source: Base, target: Base, choice: int) -> None:
