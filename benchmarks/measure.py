@@ -73,14 +73,14 @@ def svd_loop(folder: Path, device: str) -> dict[str, str]:
     return {key.removesuffix(".lora_A.weight"): key.removesuffix(".lora_A.weight") for key in out if "lora_A" in key}
 
 
-def error(folder: Path, target: Base, pairs: Mapping[str, str]) -> float:
+def error(folder: Path, target: Base, pairs: Mapping[str, str], device: str) -> float:
     """Return the largest relative error of a sample of layers against the formula in float64."""
     given, found = load_adapter(folder / "lora.safetensors", target), load_adapter(folder / "out.safetensors", target)
     names = list(found.layers)
     worst = 0.0
     for name in names[:: max(1, len(names) // SAMPLE)]:
-        U, _, Vh = torch.linalg.svd(target.weight(name).double(), full_matrices=False)
-        U, Vh = U[:, :RANK], Vh[:RANK]
+        svd = torch.linalg.svd(target.weight(name, device).double(), full_matrices=False)
+        U, Vh = svd.U[:, :RANK].cpu(), svd.Vh[:RANK].cpu()
         expected = U @ (U.T @ given.layers[pairs[name]].delta_weight().double() @ Vh.T) @ Vh
         difference = found.layers[name].delta_weight().double() - expected
         worst = max(worst, float(difference.norm() / expected.norm()))
@@ -95,6 +95,7 @@ def main() -> None:
         print(json.dumps({}))
         return
     folder, method, device = Path(words[0]), words[1], words[2]
+    torch.zeros(1, device=device)  # a GPU is awake before the clock starts
     start = time.perf_counter()
     pairs = svd_loop(folder, device) if what == "svd-loop" else ours(folder, method, device, what)
     row = {
@@ -105,8 +106,10 @@ def main() -> None:
         "seconds": round(time.perf_counter() - start, 2),
         "peak_gb": round(peak() / 2**30, 2),
     }
+    if device != "cpu":
+        row["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     if method == "project":
-        row["relative_error"] = error(folder, open_base(folder / "target.safetensors"), pairs)
+        row["relative_error"] = error(folder, open_base(folder / "target.safetensors"), pairs, device)
     if truth := json.loads((folder / "truth.json").read_text()):
         source, target = open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
         known = [(place, name) for place, name in pairs.items() if target.layers[place].original in truth]

@@ -21,7 +21,7 @@ def changed(model: nn.Module, deltas: Deltas, base: Base) -> Iterator[nn.Module]
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     with torch.no_grad():
         for name, weight in weights.items():
-            weight += deltas[name].reshape(weight.shape)
+            weight += deltas[name].reshape(weight.shape).to(weight.device)
     try:
         yield model
     finally:

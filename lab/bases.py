@@ -2,8 +2,8 @@
 
 `source` learns Google's pictures from scratch. `fine-tune` goes on with Twitter's (as RealVis does from SD 1.5); `near`
 goes on with both vendors' at a smaller rate, a fine-tune that stays close.
-`pruned` has one transformer block of every two and learns what `source` says (as SSD-1B from SDXL). `narrow` is 32
-wide instead of 48, learns Google's pictures from scratch, and shares nothing with the source but the data.
+`pruned` has one transformer block of every two and learns what `source` says (as SSD-1B from SDXL). `narrow` is two
+thirds as wide, learns Google's pictures from scratch, and shares nothing with the source but the data.
 """
 
 import math
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lorax.train import train
 
-from . import weights
+from . import DEVICE, SCALE, weights
 from .data import load
 from .model import DROPPED, error, loss, noised, predict, unet
 
-BATCH = 32
+# Times SCALE.length.
 STEPS = {"source": 2400, "fine-tune": 400, "near": 150, "pruned": 800, "narrow": 3000}
 LEARNING_RATES = {"source": 2e-3, "fine-tune": 5e-4, "near": 2e-4, "pruned": 1e-3, "narrow": 2e-3}
 STYLES = {
@@ -51,7 +51,7 @@ def _weights(name: str) -> dict[str, Tensor]:
 
 def _trained(name: str) -> dict[str, Tensor]:
     torch.manual_seed(len(name))
-    model, data, steps = unet(name), load(), STEPS[name]
+    model, data, steps = unet(name), load(), SCALE.length * STEPS[name]
     pictures, tokens = torch.cat([data.pictures[s] for s in STYLES[name]]), data.tokens.repeat(len(STYLES[name]), 1, 1)
     teacher = base("source") if name in ("fine-tune", "near", "pruned") else None
     if teacher is not None:
@@ -61,11 +61,11 @@ def _trained(name: str) -> dict[str, Tensor]:
     def step(call: int) -> Tensor:
         for group in optimizers[0].param_groups:
             group["lr"] = LEARNING_RATES[name] * min(1, (call + 1) / 100) * (1 + math.cos(math.pi * call / steps)) / 2
-        chosen = torch.randint(len(pictures), (BATCH,))
+        chosen = torch.randint(len(pictures), (SCALE.batch,))
         if name != "pruned":
             return loss(model, pictures[chosen], tokens[chosen])
         x_t, t, x = noised(pictures[chosen])
-        text = tokens[chosen] * (torch.rand(BATCH) >= DROPPED)[:, None, None]
+        text = tokens[chosen] * (torch.rand(SCALE.batch, device=DEVICE) >= DROPPED)[:, None, None]
         with torch.no_grad():
             told = predict(teacher, x_t, t, text)
         said = predict(model, x_t, t, text)

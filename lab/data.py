@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import CACHE, wheel
+from . import CACHE, DEVICE, SCALE, wheel
 
-SIZE, TOKENS = 32, 12
+TOKENS = 12
 STYLES = ("google", "twitter", "fluent", "openmoji")
 PACKAGES = {
     "google": ("emoji-datasource-google@16.0.0", "img/google/64/{}.png"),
@@ -40,7 +40,7 @@ class Emoji:
 
     Attributes:
         captions: Their names in lower case.
-        pictures: Style -> `[N, 3, 32, 32]`, float32 in -1 to 1, on white.
+        pictures: Style -> `[N, 3, SCALE.pixels, SCALE.pixels]`, float32 in -1 to 1, on white.
         tokens: `[N, 12, 768]`, the last two hidden layers of MiniLM side by side; 0 after the end.
         sentences: `[N, 384]`, the normalised mean of the last one.
     """
@@ -65,8 +65,8 @@ def load() -> Emoji:
         path.parent.mkdir(parents=True, exist_ok=True)
         _make(path)
     with np.load(path, allow_pickle=False) as kept:
-        pictures = {style: torch.from_numpy(kept[style]).float() / 127.5 - 1 for style in STYLES}
-        tokens, sentences = (torch.from_numpy(kept[name]).float() for name in ("tokens", "sentences"))
+        pictures = {style: torch.from_numpy(kept[style]).float().to(DEVICE) / 127.5 - 1 for style in STYLES}
+        tokens, sentences = (torch.from_numpy(kept[name]).float().to(DEVICE) for name in ("tokens", "sentences"))
         return Emoji(json.loads(str(kept["captions"])), pictures, tokens, sentences)
 
 
@@ -119,7 +119,8 @@ def _picture(content: bytes, ending: str) -> np.ndarray:
         content = bytes(resvg_py.svg_to_bytes(svg_string=content.decode(), width=64, height=64))
     image = Image.open(io.BytesIO(content)).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
-    picture = Image.alpha_composite(white, image).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    size = SCALE.pixels, SCALE.pixels
+    picture = Image.alpha_composite(white, image).convert("RGB").resize(size, Image.Resampling.LANCZOS)
     return np.asarray(picture).transpose(2, 0, 1)
 
 

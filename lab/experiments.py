@@ -22,7 +22,7 @@ from lorax.matching import match_bases
 from lorax.methods import project
 from lorax.similarity import score_layers
 
-from . import CACHE, RESULTS, ideas
+from . import CACHE, LARGE, RESULTS, SCALE, ideas
 from .applied import Deltas, changed, dense
 from .bases import base
 from .data import load
@@ -33,7 +33,9 @@ from .tuning import KINDS, tune
 
 PAIRS = ("near", "fine-tune", "pruned", "narrow")
 CEILINGS = ("lora-x", "lora-16")
-PROMPTS, PICTURES, RANK = 24, 64, 24
+PROMPTS, PICTURES = 24, 64
+# What decides is measured at both scales, all the rest at the small one.
+ADAPTERS = CEILINGS if SCALE is LARGE else tuple(KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Way:
 
 
 def product(name: str, draws: bool = True, **options: Any) -> Way:
-    return Way(name, {"rank": RANK, "threshold": -1e9} | options, draws)
+    return Way(name, {"rank": SCALE.rank, "threshold": -1e9} | options, draws)
 
 
 # Rules that give each layer its own rank, of its weight.
@@ -103,7 +105,7 @@ def ways(kind: str, pair: str) -> list[Way]:
     """Return how an adapter of a kind is moved to a target."""
     if pair == "narrow":
         return RESIZED if kind in CEILINGS else []
-    if pair == "near":
+    if pair == "near" or SCALE is LARGE:
         return SAME if kind in CEILINGS else []
     if kind.startswith("dora"):
         return DORA
@@ -154,7 +156,7 @@ class Pair:
         return {"soft": ideas.soft, "effect kept": ideas.effect_kept, "weighted": ideas.weighted}[idea](dW, W_s, W_t)
 
 
-def _projected(dW: Tensor, W: Tensor, rank: int = RANK) -> Tensor:
+def _projected(dW: Tensor, W: Tensor, rank: int = SCALE.rank) -> Tensor:
     B, A = project(dW, torch.eye(dW.shape[1]), decompose(W, rank))
     return B @ A
 
@@ -197,13 +199,13 @@ class Round:
 
     def run(self) -> dict[str, Any]:
         """Train, move and measure all."""
-        adapters = {kind: tune(base("source"), kind, self.style, self.seed) for kind in KINDS}
+        adapters = {kind: tune(base("source"), kind, self.style, self.seed) for kind in ADAPTERS}
         source = module_base(base("source"))
         if self.seed == 0:
             for kind in CEILINGS:
                 save_adapter(adapters[kind], CACHE / f"{kind}-{self.style}.safetensors")
         deltas = {kind: dense(adapter, source) for kind, adapter in adapters.items()}
-        for kind in KINDS:
+        for kind in ADAPTERS:
             with changed(base("source"), deltas[kind], source) as model:
                 self.measure(model, {"on": "source", "kind": kind, "way": "trained"})
         self.measure(base("source"), {"on": "source", "kind": "", "way": "no adapter"})
@@ -211,14 +213,14 @@ class Round:
             pair = pair_of(name)
             self._ceilings(pair)
             self.measure(pair.models[1], {"on": name, "kind": "", "way": "no adapter"})
-            for kind in KINDS:
+            for kind in ADAPTERS:
                 for way in ways(kind, name):
                     self._moved(pair, kind, way, adapters[kind], deltas[kind])
         return {
             "style": self.style,
             "seed": self.seed,
             "rows": self.rows,
-            "groups": self._groups(deltas) if self.seed < 2 else [],
+            "groups": self._groups(deltas) if self.seed < 2 and SCALE is not LARGE else [],
         }
 
     def sheet(self, pair: str) -> dict[str, Tensor]:

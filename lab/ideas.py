@@ -15,7 +15,9 @@ from lorax.linalg import polar
 from lorax.matching import Assignment
 from lorax.similarity import Score
 
-RANK, RIDGE = 24, 1e-2
+from . import SCALE
+
+RANK, RIDGE = SCALE.rank, 1e-2
 
 
 def soft(dW: Tensor, W_s: Tensor, W_t: Tensor) -> Tensor:

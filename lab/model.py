@@ -1,7 +1,7 @@
-"""The models: diffusers' U-Net, small, with Stable Diffusion's layer names; flow matching on 32 px pictures.
+"""The models: diffusers' U-Net, small, with Stable Diffusion's layer names; flow matching.
 
-A picture goes in as 48 channels of 8 x 8 (every 4 x 4 pixels are one place). `x_t = (1 - t) x + t noise` (rectified
-flow, arXiv 2209.03003). The model predicts the picture `x`: noise would not fit through so few channels.
+A picture goes in as 48 channels of its side / 4 (every 4 x 4 pixels are one place). `x_t = (1 - t) x + t noise`
+(rectified flow, arXiv 2209.03003). The model predicts the picture `x`: noise would not fit through so few channels.
 """
 
 import itertools
@@ -12,9 +12,18 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from . import DEVICE, SCALE
+
 PATCH, DROPPED, GUIDANCE, STEPS, LEAST = 4, 0.1, 2.0, 10, 0.2
+SIDE = SCALE.pixels // PATCH
 # width of the first level, transformer blocks in each attention module
-SIZES = {"source": (48, 2), "fine-tune": (48, 2), "near": (48, 2), "pruned": (48, 1), "narrow": (32, 2)}
+SIZES = {
+    "source": (SCALE.width, 2),
+    "fine-tune": (SCALE.width, 2),
+    "near": (SCALE.width, 2),
+    "pruned": (SCALE.width, 1),
+    "narrow": (SCALE.narrow, 2),
+}
 
 
 def unet(name: str) -> UNet2DConditionModel:
@@ -25,7 +34,7 @@ def unet(name: str) -> UNet2DConditionModel:
     """
     width, blocks = SIZES[name]
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=SIDE,
         in_channels=3 * PATCH**2,
         out_channels=3 * PATCH**2,
         block_out_channels=(width, 2 * width),
@@ -36,19 +45,19 @@ def unet(name: str) -> UNet2DConditionModel:
         cross_attention_dim=768,
         attention_head_dim=4,
         norm_num_groups=16,
-    )
+    ).to(DEVICE)
 
 
 def predict(model: UNet2DConditionModel, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-    """Return the picture seen in `x [b, 48, 8, 8]` at `t [b]`, 0 to 1, for captions `tokens [b, 12, 768]`."""
+    """Return the picture seen in `x [b, 48, SIDE, SIDE]` at `t [b]`, 0 to 1, for captions `tokens [b, 12, 768]`."""
     return model(x, 1000 * t, tokens, return_dict=False)[0]
 
 
 def noised(pictures: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `x_t`, `t` (logit-normal) and the `x` to predict, for pictures `[b, 3, 32, 32]`."""
+    """Return `x_t`, `t` (logit-normal) and the `x` to predict, for pictures `[b, 3, 4 SIDE, 4 SIDE]`."""
     x = pixel_unshuffle(pictures, PATCH)
-    t = torch.sigmoid(torch.randn(len(x), generator=generator))
-    noise = torch.randn(x.shape, generator=generator)
+    t = torch.sigmoid(_normal(len(x), generator=generator))
+    noise = _normal(*x.shape, generator=generator)
     mix = t[:, None, None, None]
     return (1 - mix) * x + mix * noise, t, x
 
@@ -61,7 +70,7 @@ def error(predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
 def loss(model: UNet2DConditionModel, pictures: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean error; a tenth of the captions is left out, for guidance."""
     x_t, t, x = noised(pictures)
-    kept = (torch.rand(len(x)) >= DROPPED)[:, None, None]
+    kept = (torch.rand(len(x), device=DEVICE) >= DROPPED)[:, None, None]
     return error(predict(model, x_t, t, tokens * kept), x, t).mean()
 
 
@@ -76,7 +85,7 @@ def held_out_loss(model: UNet2DConditionModel, pictures: Tensor, tokens: Tensor,
 
 @torch.no_grad()
 def generate(models: Sequence[UNet2DConditionModel], tokens: Tensor, seed: int = 0, steps: int = STEPS) -> Tensor:
-    """Draw pictures `[b, 3, 32, 32]` in -1 to 1 by Euler's rule with classifier-free guidance.
+    """Draw pictures `[b, 3, 4 SIDE, 4 SIDE]` in -1 to 1 by Euler's rule with classifier-free guidance.
 
     Args:
         models: The model; more than one runs beside it at each step, as X-Adapter's source does (only their cost
@@ -85,11 +94,16 @@ def generate(models: Sequence[UNet2DConditionModel], tokens: Tensor, seed: int =
         seed: Of the noise.
         steps: Of the sampler.
     """
-    x = torch.randn(len(tokens), 3 * PATCH**2, 8, 8, generator=torch.Generator().manual_seed(seed))
+    x = _normal(len(tokens), 3 * PATCH**2, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([tokens, torch.zeros_like(tokens)])
-    times = torch.linspace(1, 0, steps + 1)
+    times = torch.linspace(1, 0, steps + 1, device=DEVICE)
     for t, after in itertools.pairwise(times):
         seen = [predict(model, x.repeat(2, 1, 1, 1), t.expand(len(both)), both) for model in models]
         told, untold = seen[0].chunk(2)
         x = x + (after - t) / t * (x - (untold + GUIDANCE * (told - untold)))
     return pixel_shuffle(x, PATCH).clamp(-1, 1)
+
+
+def _normal(*shape: int, generator: torch.Generator | None) -> Tensor:
+    """Return noise; that of a generator is the same on every device."""
+    return torch.randn(*shape, generator=generator, device=DEVICE if generator is None else "cpu").to(DEVICE)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorax.train import train
 
-from . import weights
+from . import DEVICE, SCALE, weights
 from .data import STYLES, load
 
 EPOCHS, BATCH = 10, 64
@@ -35,7 +35,7 @@ class Measures:
 
 
 class Scorer(nn.Module):
-    """Style (one of STYLES) and sentence `[384]` of pictures `[b, 3, 32, 32]`."""
+    """Style (one of STYLES) and sentence `[384]` of pictures `[b, 3, side, side]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Scorer(nn.Module):
             return nn.Sequential(nn.Conv2d(n, m, 3, 2, 1), nn.GroupNorm(8, m), nn.SiLU())
 
         self.levels = nn.ModuleList([level(3, 32), level(32, 64), level(64, 128)])
-        self.last = nn.Sequential(nn.Flatten(), nn.Linear(128 * 16, 256), nn.SiLU())
+        self.last = nn.Sequential(nn.Flatten(), nn.Linear(128 * (SCALE.pixels // 8) ** 2, 256), nn.SiLU())
         self.style, self.sentence = nn.Linear(256, len(STYLES)), nn.Linear(256, 384)
 
     def features(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -75,23 +75,23 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def scorer() -> Scorer:
     """Return the judge; trained on the first call."""
-    model = Scorer()
+    model = Scorer().to(DEVICE)
     model.load_state_dict(weights("scorer", lambda: _trained().state_dict()))
     return model.eval()
 
 
 def _trained() -> Scorer:
     torch.manual_seed(1)
-    model, data = Scorer(), load()
+    model, data = Scorer().to(DEVICE), load()
     pictures = torch.cat([data.pictures[style] for style in STYLES])
-    styles = torch.arange(len(STYLES)).repeat_interleave(len(data.captions))
+    styles = torch.arange(len(STYLES), device=DEVICE).repeat_interleave(len(data.captions))
     sentences = data.sentences.repeat(len(STYLES), 1)
 
     def loss(call: int) -> Tensor:
         chosen = torch.randint(len(pictures), (BATCH,))
         # Shifts and noise, so that what diffusion models get a little wrong does not count.
         shifted = torch.roll(pictures[chosen], tuple(torch.randint(-2, 3, (2,)).tolist()), (2, 3))
-        last = model.features(shifted + 0.1 * torch.rand(1) * torch.randn_like(shifted))[1]
+        last = model.features(shifted + 0.1 * torch.rand(1, device=DEVICE) * torch.randn_like(shifted))[1]
         told = nn.functional.cosine_similarity(model.sentence(last), sentences[chosen])
         return nn.functional.cross_entropy(model.style(last), styles[chosen]) + (1 - told).mean()
 

@@ -14,7 +14,7 @@ def save_sheet(path: Path, rows: Mapping[str, Tensor]) -> None:
 
     Args:
         path: A JPEG or PNG file.
-        rows: Name -> pictures `[b, 3, 32, 32]` in -1 to 1; the first COLUMNS are shown.
+        rows: Name -> pictures `[b, 3, side, side]` in -1 to 1; the first COLUMNS are shown.
     """
     step = SIDE + GAP
     sheet = Image.new("RGB", (MARGIN + COLUMNS * step, len(rows) * step + GAP), "white")
@@ -23,7 +23,7 @@ def save_sheet(path: Path, rows: Mapping[str, Tensor]) -> None:
         top = GAP + line * step
         draw.text((8, top + SIDE // 2), name, fill="black", font=font, anchor="lm")
         for column, picture in enumerate(pictures[:COLUMNS]):
-            pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
             sheet.paste(
                 Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (MARGIN + column * step, top)
             )

@@ -17,6 +17,7 @@ from lorax.base import module_base, module_path
 from lorax.layers import Layer
 from lorax.train import attach, train
 
+from . import DEVICE, SCALE
 from .data import load
 from .model import loss
 
@@ -26,8 +27,8 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 # and the others have it; of 1e-2, 3e-2 and 1e-1 for LoRA-X the largest is a little better there and worse on the
 # fine-tunes, so it is measured on its own.
 KINDS = {
-    "lora-x": (24, 3e-2),
-    "lora-x, rate 0.1": (24, 1e-1),
+    "lora-x": (SCALE.rank, 3e-2),
+    "lora-x, rate 0.1": (SCALE.rank, 1e-1),
     "lora-1": (1, 3e-3),
     "lora-16": (16, 3e-3),
     "lora-32": (32, 3e-3),
@@ -85,9 +86,9 @@ class Foura(nn.Module):
         self.down, self.up, self.gate = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for place, layer in enumerate(self.layers):
             m, n = layer.matrix_shape
-            self.down.append(torch.randn(rank, n) / n**0.5)
-            self.up.append(torch.zeros(m, rank))
-            self.gate.append(torch.ones(rank))
+            self.down.append(torch.randn(rank, n, device=DEVICE) / n**0.5)
+            self.up.append(torch.zeros(m, rank, device=DEVICE))
+            self.gate.append(torch.ones(rank, device=DEVICE))
             modules[module_path(layer, modules)].register_forward_hook(self._adding(place))
 
     def _adding(self, place: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -101,7 +102,7 @@ class Foura(nn.Module):
         """Return what was learnt."""
 
         def own(place: int, layer: Layer) -> FouraLayer:
-            return FouraLayer(layer, *(part[place].detach().clone() for part in (self.up, self.down, self.gate)))
+            return FouraLayer(layer, *(part[place].detach().cpu() for part in (self.up, self.down, self.gate)))
 
         layers = {layer.name: own(place, layer) for place, layer in enumerate(self.layers)}
         return Adapter(name, self.family, "foura", layers)

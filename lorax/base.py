@@ -83,7 +83,8 @@ class Base:
             if (known, place) == (name, device):
                 return matrix
         layer = self.layers[name]
-        matrix = self.read(layer).to(device, torch.float32).reshape(layer.matrix_shape)
+        # Moved as it is stored: torch would make it float32 first, and move twice the bytes.
+        matrix = self.read(layer).to(device).to(torch.float32).reshape(layer.matrix_shape)
         if not all_finite(matrix):
             raise NumericsError("a weight of a base holds NaN or Inf", f"{name} in {self.name}", "use a sound copy")
         self._last[:] = [(name, device, matrix)]

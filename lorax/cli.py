@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.markup import escape
@@ -439,5 +439,14 @@ def main() -> None:
     try:
         app()
     except LoraxError as error:
-        tell.print(f"[red]error[/]: {escape(str(error))}")
-        sys.exit(1)
+        _fail(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; the help does without torch
+            raise
+        fix = "close what else uses it, or give --device cpu"
+        _fail(OptionError("the GPU has too little free memory", str(error).partition(".")[0], fix))
+
+
+def _fail(error: LoraxError) -> NoReturn:
+    tell.print(f"[red]error[/]: {escape(str(error))}")
+    sys.exit(1)

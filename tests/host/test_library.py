@@ -21,7 +21,8 @@ sys.path[:0] = [str(LIBRARY), str(ROOT)]
 
 import comfy.cli_args
 
-comfy.cli_args.args.cpu = True
+# On a GPU in single precision too, as on the CPU: what is compared is what was computed, not how it is rounded.
+comfy.cli_args.args.cpu, comfy.cli_args.args.force_fp32 = not torch.cuda.is_available(), True
 
 import comfy.lora
 import comfy.model_patcher
@@ -253,7 +254,7 @@ def test_the_dense_update_is_the_one_that_the_host_computes(pack, model, lora, c
 
 
 def test_out_of_gpu_memory_goes_on_with_the_cpu(pack, monkeypatch):
-    """There is no GPU here, so the device is a name and the host's own error is raised on it."""
+    """Without a GPU: the device is a name and the host's own error is raised on it."""
     management, devices = pack.host.management, []
     monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(management, "free_memory", lambda size, device: None)  # asks the driver
@@ -267,6 +268,29 @@ def test_out_of_gpu_memory_goes_on_with_the_cpu(pack, monkeypatch):
 
     assert pack.host.compute(work, 2) == "done"
     assert devices == ["cuda:0", "cpu"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_transfer_on_a_gpu_is_that_on_the_cpu(pack, model, lora, is_full):
+    base, used = pack.host.open_model(model), []
+    adapter = pack.lorax.load_adapter(lora, base)
+
+    def work(engine, progress):
+        used.append(engine.device)
+        options = {"method": "project", "rank": 64, "engine": engine}
+        return pack.lorax.transfer_adapter(adapter, base, base, progress=progress, **options)[0]
+
+    expected = work(pack.lorax.Engine(), lambda *_: None)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0 if is_full else 1.0)
+    try:
+        found = pack.host.compute(work, 2, cache=False)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert used == ["cpu", "cuda:0", "cpu"][: 3 if is_full else 2]
+    for name, own in found.layers.items():
+        torch.testing.assert_close(own.delta_weight(), expected.layers[name].delta_weight(), rtol=1e-3, atol=1e-5)
 
 
 def test_the_nodes_use_the_cache_of_the_user_unless_told_not_to(pack, monkeypatch, tmp_path):
