@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lorax.train import train
 
-from . import DEVICE, SCALE, weights
+from . import DEVICE, SCALE, SMALL, weights
 from .data import load
 from .model import DROPPED, error, loss, noised, predict, unet
 
-# Times SCALE.length.
+# At the small scale; longer and, in proportion to the width, slower at a larger one.
 STEPS = {"source": 2400, "fine-tune": 400, "near": 150, "pruned": 800, "narrow": 3000}
 LEARNING_RATES = {"source": 2e-3, "fine-tune": 5e-4, "near": 2e-4, "pruned": 1e-3, "narrow": 2e-3}
 STYLES = {
@@ -52,6 +52,7 @@ def _weights(name: str) -> dict[str, Tensor]:
 def _trained(name: str) -> dict[str, Tensor]:
     torch.manual_seed(len(name))
     model, data, steps = unet(name), load(), SCALE.length * STEPS[name]
+    rate = LEARNING_RATES[name] * SMALL.width / SCALE.width
     pictures, tokens = torch.cat([data.pictures[s] for s in STYLES[name]]), data.tokens.repeat(len(STYLES[name]), 1, 1)
     teacher = base("source") if name in ("fine-tune", "near", "pruned") else None
     if teacher is not None:
@@ -60,7 +61,7 @@ def _trained(name: str) -> dict[str, Tensor]:
 
     def step(call: int) -> Tensor:
         for group in optimizers[0].param_groups:
-            group["lr"] = LEARNING_RATES[name] * min(1, (call + 1) / 100) * (1 + math.cos(math.pi * call / steps)) / 2
+            group["lr"] = rate * min(1, (call + 1) / 100) * (1 + math.cos(math.pi * call / steps)) / 2
         chosen = torch.randint(len(pictures), (SCALE.batch,))
         if name != "pruned":
             return loss(model, pictures[chosen], tokens[chosen])
@@ -81,5 +82,5 @@ def _trained(name: str) -> dict[str, Tensor]:
         if step % 100 == 0:
             print(f"{name}: step {step} of {steps}, loss {value:.4f}", flush=True)
 
-    train(model, step, steps, learning_rate=LEARNING_RATES[name], optimizer=optimizer, seed=0, on_step=tell)
+    train(model, step, steps, learning_rate=rate, optimizer=optimizer, seed=0, on_step=tell)
     return model.state_dict()
