@@ -1,6 +1,6 @@
 """The laboratory: which transfer works, measured on small diffusion models that it trains itself. `python -m lab`.
 
-`LORAX_LAB=large` makes all of it larger, for a GPU; where there is one, it is used.
+`LORAX_LAB` chooses another set of models than the first one. Where there is a GPU, it is used.
 """
 
 import os
@@ -18,35 +18,37 @@ HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """How large the laboratory is.
+class Models:
+    """A set of models: the bases, and the judge of their pictures.
 
     Attributes:
-        folder: Of what belongs to this scale alone, in each of the three folders below.
+        folder: Of what belongs to this set alone, in each of the three folders below.
+        seed: Of their training.
         pixels: Side of a picture.
         width: Of the first level of all models but `narrow`.
         narrow: Of that of `narrow`.
         rank: Of LoRA-X and of the subspaces: a quarter of the widest layers, half of the others.
         batch: Pictures in a step of the training of a base.
-        length: How many times the steps of SMALL a base is trained for.
     """
 
-    folder: str
-    pixels: int
-    width: int
-    narrow: int
-    rank: int
-    batch: int
-    length: int
+    folder: str = ""
+    seed: int = 0
+    pixels: int = 32
+    width: int = 48
+    narrow: int = 32
+    rank: int = 24
+    batch: int = 32
 
 
-SMALL, LARGE = Scale("", 32, 48, 32, 24, 32, 1), Scale("large", 64, 96, 64, 48, 64, 2)
-SCALE = {"small": SMALL, "large": LARGE}[os.environ.get("LORAX_LAB", "small")]
+# The first, on which all is measured; the same from other seeds; and larger ones, for a GPU.
+FIRST = Models()
+SETS = {"first": FIRST, "second": Models("second", 1), "large": Models("large", 0, 64, 96, 64, 48, 64)}
+MODELS = SETS[os.environ.get("LORAX_LAB", "first")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What is downloaded and trained; not in the repository.
-CACHE = HERE / "cache" / SCALE.folder
+CACHE = HERE / "cache" / MODELS.folder
 # What was measured: a file for each style and seed; and the weights of the best run.
-RESULTS, CHECKPOINTS = HERE / "results" / SCALE.folder, HERE / "checkpoints" / SCALE.folder
+RESULTS, CHECKPOINTS = HERE / "results" / MODELS.folder, HERE / "checkpoints" / MODELS.folder
 
 
 def wheel(requirement: str, folder: Path) -> Path:

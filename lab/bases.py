@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lorax.train import train
 
-from . import DEVICE, SCALE, SMALL, weights
+from . import DEVICE, FIRST, MODELS, weights
 from .data import load
 from .model import DROPPED, error, loss, noised, predict, unet
 
-# At the small scale; longer and, in proportion to the width, slower at a larger one.
 STEPS = {"source": 2400, "fine-tune": 400, "near": 150, "pruned": 800, "narrow": 3000}
+# For models as wide as the first ones; wider ones learn slower in proportion.
 LEARNING_RATES = {"source": 2e-3, "fine-tune": 5e-4, "near": 2e-4, "pruned": 1e-3, "narrow": 2e-3}
 STYLES = {
     "source": ("google",),
@@ -50,9 +50,9 @@ def _weights(name: str) -> dict[str, Tensor]:
 
 
 def _trained(name: str) -> dict[str, Tensor]:
-    torch.manual_seed(len(name))
-    model, data, steps = unet(name), load(), SCALE.length * STEPS[name]
-    rate = LEARNING_RATES[name] * SMALL.width / SCALE.width
+    torch.manual_seed(len(name) + 100 * MODELS.seed)
+    model, data, steps = unet(name), load(), STEPS[name]
+    rate = LEARNING_RATES[name] * FIRST.width / MODELS.width
     pictures, tokens = torch.cat([data.pictures[s] for s in STYLES[name]]), data.tokens.repeat(len(STYLES[name]), 1, 1)
     teacher = base("source") if name in ("fine-tune", "near", "pruned") else None
     if teacher is not None:
@@ -62,11 +62,11 @@ def _trained(name: str) -> dict[str, Tensor]:
     def step(call: int) -> Tensor:
         for group in optimizers[0].param_groups:
             group["lr"] = rate * min(1, (call + 1) / 100) * (1 + math.cos(math.pi * call / steps)) / 2
-        chosen = torch.randint(len(pictures), (SCALE.batch,))
+        chosen = torch.randint(len(pictures), (MODELS.batch,))
         if name != "pruned":
             return loss(model, pictures[chosen], tokens[chosen])
         x_t, t, x = noised(pictures[chosen])
-        text = tokens[chosen] * (torch.rand(SCALE.batch, device=DEVICE) >= DROPPED)[:, None, None]
+        text = tokens[chosen] * (torch.rand(MODELS.batch, device=DEVICE) >= DROPPED)[:, None, None]
         with torch.no_grad():
             told = predict(teacher, x_t, t, text)
         said = predict(model, x_t, t, text)
@@ -82,5 +82,5 @@ def _trained(name: str) -> dict[str, Tensor]:
         if step % 100 == 0:
             print(f"{name}: step {step} of {steps}, loss {value:.4f}", flush=True)
 
-    train(model, step, steps, learning_rate=rate, optimizer=optimizer, seed=0, on_step=tell)
+    train(model, step, steps, learning_rate=rate, optimizer=optimizer, seed=MODELS.seed, on_step=tell)
     return model.state_dict()

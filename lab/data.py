@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import CACHE, DEVICE, SCALE, wheel
+from . import DEVICE, HERE, MODELS, wheel
 
 TOKENS = 12
 STYLES = ("google", "twitter", "fluent", "openmoji")
@@ -40,7 +40,7 @@ class Emoji:
 
     Attributes:
         captions: Their names in lower case.
-        pictures: Style -> `[N, 3, SCALE.pixels, SCALE.pixels]`, float32 in -1 to 1, on white.
+        pictures: Style -> `[N, 3, MODELS.pixels, MODELS.pixels]`, float32 in -1 to 1, on white.
         tokens: `[N, 12, 768]`, the last two hidden layers of MiniLM side by side; 0 after the end.
         sentences: `[N, 384]`, the normalised mean of the last one.
     """
@@ -60,7 +60,7 @@ class Emoji:
 @cache
 def load() -> Emoji:
     """Return the data; made on the first call."""
-    path = CACHE / "emoji.npz"
+    path = HERE / "cache" / f"emoji-{MODELS.pixels}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         _make(path)
@@ -119,7 +119,7 @@ def _picture(content: bytes, ending: str) -> np.ndarray:
         content = bytes(resvg_py.svg_to_bytes(svg_string=content.decode(), width=64, height=64))
     image = Image.open(io.BytesIO(content)).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
-    size = SCALE.pixels, SCALE.pixels
+    size = MODELS.pixels, MODELS.pixels
     picture = Image.alpha_composite(white, image).convert("RGB").resize(size, Image.Resampling.LANCZOS)
     return np.asarray(picture).transpose(2, 0, 1)
 

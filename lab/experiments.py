@@ -22,7 +22,7 @@ from lorax.matching import match_bases
 from lorax.methods import project
 from lorax.similarity import score_layers
 
-from . import CACHE, LARGE, RESULTS, SCALE, ideas
+from . import CACHE, FIRST, MODELS, RESULTS, ideas
 from .applied import Deltas, changed, dense
 from .bases import base
 from .data import load
@@ -34,8 +34,8 @@ from .tuning import KINDS, tune
 PAIRS = ("near", "fine-tune", "pruned", "narrow")
 CEILINGS = ("lora-x", "lora-16")
 PROMPTS, PICTURES = 24, 64
-# What decides is measured at both scales, all the rest at the small one.
-ADAPTERS = CEILINGS if SCALE is LARGE else tuple(KINDS)
+# On the first models all; on others what decides.
+ADAPTERS = tuple(KINDS) if MODELS is FIRST else CEILINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Way:
 
 
 def product(name: str, draws: bool = True, **options: Any) -> Way:
-    return Way(name, {"rank": SCALE.rank, "threshold": -1e9} | options, draws)
+    return Way(name, {"rank": MODELS.rank, "threshold": -1e9} | options, draws)
 
 
 # Rules that give each layer its own rank, of its weight.
@@ -105,7 +105,7 @@ def ways(kind: str, pair: str) -> list[Way]:
     """Return how an adapter of a kind is moved to a target."""
     if pair == "narrow":
         return RESIZED if kind in CEILINGS else []
-    if pair == "near" or SCALE is LARGE:
+    if pair == "near" or MODELS is not FIRST:
         return SAME if kind in CEILINGS else []
     if kind.startswith("dora"):
         return DORA
@@ -156,7 +156,7 @@ class Pair:
         return {"soft": ideas.soft, "effect kept": ideas.effect_kept, "weighted": ideas.weighted}[idea](dW, W_s, W_t)
 
 
-def _projected(dW: Tensor, W: Tensor, rank: int = SCALE.rank) -> Tensor:
+def _projected(dW: Tensor, W: Tensor, rank: int = MODELS.rank) -> Tensor:
     B, A = project(dW, torch.eye(dW.shape[1]), decompose(W, rank))
     return B @ A
 
@@ -220,7 +220,7 @@ class Round:
             "style": self.style,
             "seed": self.seed,
             "rows": self.rows,
-            "groups": self._groups(deltas) if self.seed < 2 and SCALE is not LARGE else [],
+            "groups": self._groups(deltas) if self.seed < 2 and MODELS is FIRST else [],
         }
 
     def sheet(self, pair: str) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from lorax.linalg import polar
 from lorax.matching import Assignment
 from lorax.similarity import Score
 
-from . import SCALE
+from . import MODELS
 
-RANK, RIDGE = SCALE.rank, 1e-2
+RANK, RIDGE = MODELS.rank, 1e-2
 
 
 def soft(dW: Tensor, W_s: Tensor, W_t: Tensor) -> Tensor:

@@ -12,17 +12,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from . import DEVICE, SCALE
+from . import DEVICE, MODELS
 
 PATCH, DROPPED, GUIDANCE, STEPS, LEAST = 4, 0.1, 2.0, 10, 0.2
-SIDE = SCALE.pixels // PATCH
+SIDE = MODELS.pixels // PATCH
 # width of the first level, transformer blocks in each attention module
 SIZES = {
-    "source": (SCALE.width, 2),
-    "fine-tune": (SCALE.width, 2),
-    "near": (SCALE.width, 2),
-    "pruned": (SCALE.width, 1),
-    "narrow": (SCALE.narrow, 2),
+    "source": (MODELS.width, 2),
+    "fine-tune": (MODELS.width, 2),
+    "near": (MODELS.width, 2),
+    "pruned": (MODELS.width, 1),
+    "narrow": (MODELS.narrow, 2),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorax.train import train
 
-from . import DEVICE, SCALE, weights
+from . import DEVICE, MODELS, weights
 from .data import STYLES, load
 
 EPOCHS, BATCH = 10, 64
@@ -44,7 +44,7 @@ class Scorer(nn.Module):
             return nn.Sequential(nn.Conv2d(n, m, 3, 2, 1), nn.GroupNorm(8, m), nn.SiLU())
 
         self.levels = nn.ModuleList([level(3, 32), level(32, 64), level(64, 128)])
-        self.last = nn.Sequential(nn.Flatten(), nn.Linear(128 * (SCALE.pixels // 8) ** 2, 256), nn.SiLU())
+        self.last = nn.Sequential(nn.Flatten(), nn.Linear(128 * (MODELS.pixels // 8) ** 2, 256), nn.SiLU())
         self.style, self.sentence = nn.Linear(256, len(STYLES)), nn.Linear(256, 384)
 
     def features(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -81,7 +81,7 @@ def scorer() -> Scorer:
 
 
 def _trained() -> Scorer:
-    torch.manual_seed(1)
+    torch.manual_seed(1 + MODELS.seed)
     model, data = Scorer().to(DEVICE), load()
     pictures = torch.cat([data.pictures[style] for style in STYLES])
     styles = torch.arange(len(STYLES), device=DEVICE).repeat_interleave(len(data.captions))
@@ -95,7 +95,7 @@ def _trained() -> Scorer:
         told = nn.functional.cosine_similarity(model.sentence(last), sentences[chosen])
         return nn.functional.cross_entropy(model.style(last), styles[chosen]) + (1 - told).mean()
 
-    train(model, loss, EPOCHS * len(pictures) // BATCH, learning_rate=1e-3, seed=1)
+    train(model, loss, EPOCHS * len(pictures) // BATCH, learning_rate=1e-3, seed=1 + MODELS.seed)
     return model.eval()
 
 

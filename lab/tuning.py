@@ -17,7 +17,7 @@ from lorax.base import module_base, module_path
 from lorax.layers import Layer
 from lorax.train import attach, train
 
-from . import DEVICE, SCALE
+from . import DEVICE, MODELS
 from .data import load
 from .model import loss
 
@@ -27,8 +27,8 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 # and the others have it; of 1e-2, 3e-2 and 1e-1 for LoRA-X the largest is a little better there and worse on the
 # fine-tunes, so it is measured on its own.
 KINDS = {
-    "lora-x": (SCALE.rank, 3e-2),
-    "lora-x, rate 0.1": (SCALE.rank, 1e-1),
+    "lora-x": (MODELS.rank, 3e-2),
+    "lora-x, rate 0.1": (MODELS.rank, 1e-1),
     "lora-1": (1, 3e-3),
     "lora-16": (16, 3e-3),
     "lora-32": (32, 3e-3),
