@@ -258,9 +258,27 @@ def related(found: Row) -> str:
     return table(head, rows)
 
 
+def nearest(results: Results, style: str) -> str:
+    """Return the change of the style score where it is least: LoRA of rank 16 to `near`, by `orthogonal`."""
+    where = {"style_name": style, "on": "near", "kind": "lora-16", "way": "orthogonal"}
+    return told(results.of("style_change", **where), "+.0f")
+
+
+def headline(results: Results, before: str) -> dict[str, str]:
+    """Return what the first section says of a set of models, by the name that it has in the template."""
+    found: dict[str, str] = {}
+    for style in results.styles:
+        found[f"BETTER_{style.upper()}"] = better(gains(results, style)["orthogonal"])
+        found[f"NEAREST_{style.upper()}"] = nearest(results, style)
+    found["WORST"] = f"{-min(gains(results, *results.styles)['orthogonal']):.3f}"
+    ways = ("orthogonal", "copy", "copy, strength 0.75", "project")
+    found["CLOSED"] = "\n".join(closed(results, kind, *ways) for kind in ("lora-16", "lora-x"))
+    return {before + name: value for name, value in found.items()}
+
+
 def write() -> None:
     """Write docs/results.md and its pictures."""
-    results = Results()
+    results, second = Results(), Results(RESULTS / "second")
     images = DOCS / "images"
     sheets: list[str] = []
     for path in sorted(RESULTS.glob("*.jpg")):
@@ -292,19 +310,11 @@ def write() -> None:
         "WAYS_LORA_X": all_ways(results, "lora-x"),
         "WAYS_LORA": all_ways(results, "lora-16"),
         "AGAINST_COPY": against_copy(results),
-        **{f"BETTER_{style.upper()}": better(gains(results, style)["orthogonal"]) for style in results.styles},
-        "WORST": f"{-min(gains(results, *results.styles)['orthogonal']):.3f}",
+        **headline(results, ""),
+        **headline(second, "SECOND_"),
+        "SECOND_SEEDS": ", ".join(f"{style}: {count}" for style, count in second.seeds.items()),
+        "SECOND_AGAINST_COPY": against_copy(second),
         **{f"LOSS_{style.upper()}": losses(results, style) for style in results.styles},
-        **{
-            f"NEAREST_{style.upper()}": told(
-                results.of("style_change", style_name=style, on="near", kind="lora-16", way="orthogonal"), "+.0f"
-            )
-            for style in results.styles
-        },
-        "CLOSED": "\n".join(
-            closed(results, kind, "orthogonal", "copy", "copy, strength 0.75", "project")
-            for kind in ("lora-16", "lora-x")
-        ),
         "NAMESAKES": f"{others['most_similar_to_namesake']} of {others['layers']}",
         "PRUNED_RIGHT": f"{others['pruned_paired_right']} of {others['pruned_blocks']}",
         "RELATED": related(others),

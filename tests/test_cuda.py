@@ -43,7 +43,7 @@ def loaded(bases, lora_file):
 
 
 def same(ours: Adapter, cpus: Adapter, source, tolerance: float = 1e-3) -> None:
-    """Assert equal layers and equal updates, on the CPU and in the dtype that they came in."""
+    """Assert equal layers and equal updates, which came back to the CPU."""
     assert list(ours.layers) == list(cpus.layers)
     assert ours.layers
     for name, own in ours.layers.items():
