@@ -4,13 +4,14 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from . import HERE, RESULTS
-from .experiments import PAIRS, ceiling_of
+from .experiments import CEILINGS, PAIRS, ceiling_of
 
 DOCS = HERE.parent / "docs"
 Row = dict[str, Any]
@@ -258,6 +259,13 @@ def related(found: Row) -> str:
     return table(head, rows)
 
 
+def streams(results: Results) -> str:
+    """Return what `streams` closed of the gap to another width, by adapter and style."""
+    of = partial(results.of, "closed", on="narrow", way="streams")
+    cases = [(kind, style) for kind in CEILINGS for style in results.styles]
+    return ", ".join(f"{told(of(kind=kind, style_name=style), '.2f')} ({kind}, {style})" for kind, style in cases)
+
+
 def nearest(results: Results, style: str) -> str:
     """Return the change of the style score where it is least: LoRA of rank 16 to `near`, by `orthogonal`."""
     where = {"style_name": style, "on": "near", "kind": "lora-16", "way": "orthogonal"}
@@ -314,6 +322,7 @@ def write() -> None:
         **headline(second, "SECOND_"),
         "SECOND_SEEDS": ", ".join(f"{style}: {count}" for style, count in second.seeds.items()),
         "SECOND_AGAINST_COPY": against_copy(second),
+        "SECOND_STREAMS": streams(second),
         **{f"LOSS_{style.upper()}": losses(results, style) for style in results.styles},
         "NAMESAKES": f"{others['most_similar_to_namesake']} of {others['layers']}",
         "PRUNED_RIGHT": f"{others['pruned_paired_right']} of {others['pruned_blocks']}",

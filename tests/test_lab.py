@@ -101,12 +101,13 @@ def test_means_with_their_error():
     assert told([]) == "-"
 
 
-def test_stored_results_are_whole():
+@pytest.mark.parametrize("folder", [RESULTS, RESULTS / "second"], ids=["first", "second"])
+def test_stored_results_are_whole(folder):
     """What docs/results.md stands on: every round measured the same rows, and no measure is missing."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-[0-9]*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*-[0-9]*.json"))]
     rows = [{(row["on"], row["kind"], row["way"]) for row in one["rows"]} for one in found]
     assert len(found) >= 5
     assert all(one == rows[0] for one in rows)
-    results = Results()
+    results = Results(folder)
     assert all(math.isfinite(row["closed"]) for row in results.rows if "closed" in row)
     assert set(results.of("closed", way="trained", kind="lora-x", on="pruned")) == {1.0}
