@@ -42,7 +42,11 @@ class Models:
 
 # The first, on which all is measured; the same from other seeds; and larger ones, for a GPU.
 FIRST = Models()
-SETS = {"first": FIRST, "second": Models("second", 1), "large": Models("large", 0, 64, 96, 64, 48, 64)}
+SETS = {
+    "first": FIRST,
+    "second": Models("second", seed=1),
+    "large": Models("large", pixels=64, width=96, narrow=64, rank=48, batch=64),
+}
 MODELS = SETS[os.environ.get("LORAX_LAB", "first")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What is downloaded and trained; not in the repository.

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lorax.train import train
 
-from . import DEVICE, FIRST, MODELS, weights
+from . import FIRST, MODELS, weights
 from .data import load
-from .model import DROPPED, error, loss, noised, predict, unet
+from .model import error, loss, noised, predict, some_dropped, unet
 
 STEPS = {"source": 2400, "fine-tune": 400, "near": 150, "pruned": 800, "narrow": 3000}
 # For models as wide as the first ones; wider ones learn slower in proportion.
@@ -66,7 +66,7 @@ def _trained(name: str) -> dict[str, Tensor]:
         if name != "pruned":
             return loss(model, pictures[chosen], tokens[chosen])
         x_t, t, x = noised(pictures[chosen])
-        text = tokens[chosen] * (torch.rand(MODELS.batch, device=DEVICE) >= DROPPED)[:, None, None]
+        text = some_dropped(tokens[chosen])
         with torch.no_grad():
             told = predict(teacher, x_t, t, text)
         said = predict(model, x_t, t, text)

@@ -65,8 +65,8 @@ def load() -> Emoji:
         path.parent.mkdir(parents=True, exist_ok=True)
         _make(path)
     with np.load(path, allow_pickle=False) as kept:
-        pictures = {style: torch.from_numpy(kept[style]).float().to(DEVICE) / 127.5 - 1 for style in STYLES}
-        tokens, sentences = (torch.from_numpy(kept[name]).float().to(DEVICE) for name in ("tokens", "sentences"))
+        pictures = {style: torch.from_numpy(kept[style]).to(DEVICE).float() / 127.5 - 1 for style in STYLES}
+        tokens, sentences = (torch.from_numpy(kept[name]).to(DEVICE).float() for name in ("tokens", "sentences"))
         return Emoji(json.loads(str(kept["captions"])), pictures, tokens, sentences)
 
 

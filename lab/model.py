@@ -70,8 +70,12 @@ def error(predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
 def loss(model: UNet2DConditionModel, pictures: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean error; a tenth of the captions is left out, for guidance."""
     x_t, t, x = noised(pictures)
-    kept = (torch.rand(len(x), device=DEVICE) >= DROPPED)[:, None, None]
-    return error(predict(model, x_t, t, tokens * kept), x, t).mean()
+    return error(predict(model, x_t, t, some_dropped(tokens)), x, t).mean()
+
+
+def some_dropped(tokens: Tensor) -> Tensor:
+    """Return captions `[b, 12, 768]` of which a tenth is left out."""
+    return tokens * (torch.rand(len(tokens), device=DEVICE) >= DROPPED)[:, None, None]
 
 
 @torch.no_grad()

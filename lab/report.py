@@ -273,14 +273,15 @@ def nearest(results: Results, style: str) -> str:
 
 
 def headline(results: Results, before: str) -> dict[str, str]:
-    """Return what the first section says of a set of models, by the name that it has in the template."""
-    found: dict[str, str] = {}
+    """Return what is said of every set of models, by the name that it has in the template."""
+    found = {"SEEDS": ", ".join(f"{style}: {count}" for style, count in results.seeds.items())}
     for style in results.styles:
         found[f"BETTER_{style.upper()}"] = better(gains(results, style)["orthogonal"])
         found[f"NEAREST_{style.upper()}"] = nearest(results, style)
     found["WORST"] = f"{-min(gains(results, *results.styles)['orthogonal']):.3f}"
     ways = ("orthogonal", "copy", "copy, strength 0.75", "project")
     found["CLOSED"] = "\n".join(closed(results, kind, *ways) for kind in ("lora-16", "lora-x"))
+    found["AGAINST_COPY"] = against_copy(results)
     return {before + name: value for name, value in found.items()}
 
 
@@ -298,7 +299,6 @@ def write() -> None:
     beside, alone = cost["source beside it"], cost["target alone"]
     others = json.loads((RESULTS / "related.json").read_text())
     parts = {
-        "SEEDS": ", ".join(f"{style}: {count}" for style, count in results.seeds.items()),
         "HOURS": f"{sum(results.seconds) / 3600:.1f}",
         "TABLE_1": pairs_and_styles(results, "lora-x"),
         "TABLE_1_LORA": pairs_and_styles(results, "lora-16"),
@@ -317,11 +317,8 @@ def write() -> None:
         ),
         "WAYS_LORA_X": all_ways(results, "lora-x"),
         "WAYS_LORA": all_ways(results, "lora-16"),
-        "AGAINST_COPY": against_copy(results),
         **headline(results, ""),
         **headline(second, "SECOND_"),
-        "SECOND_SEEDS": ", ".join(f"{style}: {count}" for style, count in second.seeds.items()),
-        "SECOND_AGAINST_COPY": against_copy(second),
         "SECOND_STREAMS": streams(second),
         **{f"LOSS_{style.upper()}": losses(results, style) for style in results.styles},
         "NAMESAKES": f"{others['most_similar_to_namesake']} of {others['layers']}",

@@ -63,7 +63,7 @@ def tune(model: UNet2DConditionModel, kind: str, style: str, seed: int) -> Adapt
             learn(layers, own)
         return layers.adapter(name)
     if kind.startswith("foura"):
-        foura = Foura(own, rank)
+        foura = Foura(own, rank).to(DEVICE)
         learn(foura, own)
         return foura.adapter(name)
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, use_dora=kind.startswith("dora"))
@@ -86,9 +86,9 @@ class Foura(nn.Module):
         self.down, self.up, self.gate = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for place, layer in enumerate(self.layers):
             m, n = layer.matrix_shape
-            self.down.append(torch.randn(rank, n, device=DEVICE) / n**0.5)
-            self.up.append(torch.zeros(m, rank, device=DEVICE))
-            self.gate.append(torch.ones(rank, device=DEVICE))
+            self.down.append(torch.randn(rank, n) / n**0.5)
+            self.up.append(torch.zeros(m, rank))
+            self.gate.append(torch.ones(rank))
             modules[module_path(layer, modules)].register_forward_hook(self._adding(place))
 
     def _adding(self, place: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

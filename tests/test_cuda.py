@@ -20,13 +20,13 @@ from lorax import (
     transfer_adapter,
 )
 from lorax.adapters import Adapter, expand
+from lorax.options import METHODS
 from lorax.train import attach, train
 from tests.conftest import small_base
 from tests.test_train import data, made
 
 DEVICE = "cuda"
 CUDA, CPU = Engine(DEVICE), Engine()
-METHODS = ("auto", "orthogonal", "copy", "project", "subspace-null", "align", "index")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

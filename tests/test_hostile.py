@@ -154,7 +154,7 @@ def test_the_largest_that_is_unfolded_fits_the_memory(tmp_path):
     program = "import sys, lorax.inspect as i; print(i.describe(sys.argv[1])['norm']); "
     program += "from benchmarks.memory import peak; print(peak())"
     command = [sys.executable, "-c", program, tmp_path / "a.safetensors"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     norm, peak = map(float, told.stdout.split())
     assert norm == pytest.approx(side, rel=1e-6)
     assert peak < 1.3 * 2**30  # torch itself, and three matrices of float32
