@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import OptionError, OutputError, printable
-from .tensorfile import write_bytes
+from .output import write_bytes
 
 LIMIT_GB = 10.0
 # A full cache is emptied to this share of its limit, so that it is not looked through at every entry.

@@ -16,7 +16,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from .errors import FormatError, MismatchError, OptionError
-from .tensorfile import TensorFile, parse_json, serialize, write_bytes
+from .output import write_bytes
+from .tensorfile import TensorFile, parse_json, serialize
 
 VERSION = "1"
 # What reading of damaged content raises; errors of our own pass.

@@ -122,10 +122,10 @@ def similarity(
     """Compare the singular subspaces of two bases: every source layer with every target layer of its kind."""
     from .base import open_base
     from .matching import match_bases
+    from .output import write_bytes
     from .page import page
     from .report import similarity_json
     from .similarity import compare_bases
-    from .tensorfile import write_bytes
     from .transfer import known_scores
     from .view import similarity_view
 
@@ -188,8 +188,8 @@ def transfer(
     from .adapters import load_adapter, save_adapter
     from .base import open_base
     from .matching import load_assignment
+    from .output import write_bytes
     from .page import page
-    from .tensorfile import write_bytes
     from .transfer import transfer_adapter
 
     base_s, base_t = open_base(source), open_base(target)
@@ -259,7 +259,7 @@ def migrate(
     """Move a whole library of adapters; interrupted, it goes on where it was. Status 1 if any adapter failed."""
     from .migration import Options, input_files, output_files, plan_folder, plan_manifest
     from .migration import migrate as run
-    from .tensorfile import check_output, write_bytes
+    from .output import check_output, write_bytes
 
     options = Options(
         method.value, rank, lora_rank, threshold, matching.value, dora.value, output_format.value, naming.value,
@@ -373,7 +373,7 @@ def clear() -> None:
 
 
 def _check_outputs(outputs: list[Path | None], *given: "Base | Path") -> None:
-    from .tensorfile import check_output
+    from .output import check_output
 
     inputs = [file for item in given for file in ([item] if isinstance(item, Path) else item.files)]
     wanted = [path for path in outputs if path]

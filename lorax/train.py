@@ -32,9 +32,9 @@ from .errors import MismatchError, NumericsError, OptionError
 from .layers import Layer
 from .linalg import Subspace
 from .options import CLIP_NORM, LEARNING_RATE, RANK
+from .output import check_output
 from .progress import Progress, silent
 from .similarity import check_rank
-from .tensorfile import check_output
 
 
 class LoraXLayers(nn.Module):

@@ -14,7 +14,8 @@ from ..families import Family
 from ..layers import Layer
 from ..linalg import all_finite
 from ..options import NAMINGS
-from ..tensorfile import check_output, serialize, write_bytes
+from ..output import check_output, write_bytes
+from ..tensorfile import serialize
 from .diff import VectorLayer
 from .keys import FLATTENED, is_fused, module_name, parts_of
 from .layer import AdapterLayer, stacked

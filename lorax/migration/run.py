@@ -102,7 +102,7 @@ def output_files(tasks: Sequence[Task], output: Path) -> list[Path]:
 
 
 def _check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """As `lorax.tensorfile.check_output` for many files, whose folders need not be there."""
+    """As `lorax.output.check_output` for many files, whose folders need not be there."""
     kept = set(map(_place, inputs)) - {None}
     for path in outputs:
         if _place(path) in kept:
