@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-web lint check bench install format clean
+.PHONY: help demo quick test test-web test-whole lint check bench install format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,6 +14,12 @@ test: .venv/.dev  ## Run the tests, and those inside ComfyUI (its library always
 	$(BIN)/python -m pytest -c tests/host/pytest.ini tests/host
 	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory test-web; \
 	else echo "SKIPPED: the unit tests of the views (no npm)"; fi
+
+quick: .venv/.dev  ## Run the core's tests that take a moment (a minute)
+	$(BIN)/python -m pytest -m "not slow and not whole"
+
+test-whole: .venv/.dev  ## Run what the tests take a sample of, whole (some twenty minutes)
+	$(BIN)/python -m pytest -m whole
 
 test-web: tests/web/node_modules  ## Run the unit tests of the views (web/)
 	cd tests/web && npm test --silent

@@ -1,9 +1,11 @@
 """The main job on real input: published LoRA files, moved between two full-size SD 1.5-shaped bases in fp16.
 
-Takes some minutes: two bases of 860 M parameters are made, and the reference is a full SVD in float64 of every layer.
+Two bases of 860 M parameters are made. The reference is a full SVD in float64, two seconds a layer: of a sample of the
+layers, and of all of them where all is asked for.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,9 +36,15 @@ def full_size(tmp_path_factory):
         path.unlink()
 
 
-def test_transfer_equals_the_published_formula_in_float64(full_size, published, tmp_path):
+@pytest.mark.parametrize("step", [24, pytest.param(1, marks=pytest.mark.whole)])
+def test_transfer_equals_the_published_formula_in_float64(full_size, published, tmp_path, step):
     source, target = full_size
     given = {path.name: load_adapter(path, source) for path in published}
+    assert [len(adapter.layers) for adapter in given.values()] == [192, 192]
+    names = sorted(given[published[0].name].layers)[::step]
+    given = {
+        file: replace(adapter, layers={name: adapter.layers[name] for name in names}) for file, adapter in given.items()
+    }
     moved = {}
     engine = Engine(cache=Cache(tmp_path / "cache", 2**32))  # each weight is decomposed once for the four
     for file, adapter in given.items():
@@ -44,11 +52,11 @@ def test_transfer_equals_the_published_formula_in_float64(full_size, published, 
             result, report = transfer_adapter(
                 adapter, source, target, method="project", rank=320, dtype=dtype, engine=engine
             )
-            assert report.outcomes == {Outcome.TRANSFERRED: 192}
+            assert report.outcomes == {Outcome.TRANSFERRED: len(names)}
             save_adapter(result, tmp_path / "out.safetensors")
             moved[file, dtype] = load_adapter(tmp_path / "out.safetensors", target)
     worst = dict.fromkeys(moved, 0.0)
-    for name in set(source.layers) & set(given[published[0].name].layers):
+    for name in names:
         U, _, Vh = torch.linalg.svd(target.weight(name).double(), full_matrices=False)
         U, Vh = U[:, :320], Vh[:320]
         for (file, dtype), adapter in moved.items():
