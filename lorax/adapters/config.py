@@ -1,64 +1,114 @@
-"""The scale of an adapter where PEFT and diffusers keep it: beside the file, or in its metadata."""
+"""The scale of an adapter where it is not beside its tensors: in PEFT's configuration, or in the header of the file."""
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
+from ..layers import MAIN
 from ..tensorfile import TensorFile, parse_json, read_json
+from .pattern import Patterns
 
-# end of a module path -> its place in the file, and the value
-Patterns = Mapping[str, tuple[int, float]]
+# The name under which PEFT looks for the weights beside an `adapter_config.json`.
+PEFT_FILE = "adapter_model.safetensors"
+# How diffusers calls the components in `lora_adapter_metadata`.
+COMPONENTS = (*MAIN, "text_encoder", "text_encoder_2", "text_encoder_3")
+# What trainers call the one alpha of a file in its header, where no layer has a tensor of it (diffusers reads `alpha`,
+# SGLang all three). Not `ss_network_alpha`: that is kohya's record of the training, which stays when a converter has
+# put the scale into the factors.
+HEADER_ALPHA = ("lora_alpha", "network_alpha", "alpha")
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """What `adapter_config.json` says of scales."""
+    """What a configuration of PEFT says of scales."""
 
     alpha: float | None = None
     rank: float | None = None
     use_rslora: bool = False
-    alphas: Patterns = field(default_factory=dict[str, tuple[int, float]])
-    ranks: Patterns = field(default_factory=dict[str, tuple[int, float]])
+    alphas: Patterns = field(default_factory=lambda: Patterns({}))
+    ranks: Patterns = field(default_factory=lambda: Patterns({}))
 
     def alpha_of(self, path: str, rank: int) -> float | None:
         """Return the alpha of a module whose update has this rank; None if nothing is said."""
-        alpha = _matching(self.alphas, path, self.alpha)
+        alpha = self.alphas.value(path, self.alpha)
         return alpha if alpha is None or not self.use_rslora else alpha * rank**0.5
 
     def scale_of(self, path: str) -> float:
         """Return `alpha / r` of a module: what PEFT multiplies a LoKr of two whole factors by. 1 if nothing is said."""
-        alpha, rank = _matching(self.alphas, path, self.alpha), _matching(self.ranks, path, self.rank)
+        alpha, rank = self.alphas.value(path, self.alpha), self.ranks.value(path, self.rank)
         return 1.0 if alpha is None or not rank else alpha / rank
 
 
-def peft_config(file: TensorFile) -> PeftConfig:
-    """Read the configuration of an adapter file; empty where there is none.
+@dataclass(frozen=True, slots=True)
+class Configs:
+    """The configurations of an adapter file: that of each component, and that of every key in PEFT's own spelling."""
+
+    components: Mapping[str, PeftConfig]
+    peft: PeftConfig
+
+    def of(self, component: str, naming: str) -> PeftConfig:
+        """Return the configuration of a module, by its component (`unet` for the main model) and its naming."""
+        found = self.components.get(component, self.components.get(""))
+        return found or (self.peft if naming == "peft" else PeftConfig())
+
+
+def read_configs(file: TensorFile) -> Configs:
+    """Read what the header of an adapter file says of scales, and the `adapter_config.json` that belongs to it.
+
+    That belongs to `adapter_model.safetensors`, as PEFT has it, and there to keys in PEFT's spelling
+    (`base_model.model....`); to no other file of the folder. `lora_adapter_metadata`, diffusers' copy in the header,
+    comes first; one alpha for the file in the header counts where no tensor is an alpha.
 
     Raises:
-        FormatError: It is there and not readable.
+        FormatError: It is there and not readable, or the header says two alphas.
     """
-    beside = Path(file.path).with_name("adapter_config.json")
+    beside = file.path.with_name("adapter_config.json")
     inside = file.metadata.get("lora_adapter_metadata")
+    if inside:
+        return Configs(_parsed(f"the metadata of {file.path}", inside), PeftConfig())
+    if file.path.name == PEFT_FILE and os.path.isfile(beside):
+        return Configs({}, _parsed(str(beside), beside)["unet"])
+    if any(key.endswith(".alpha") for key in file.entries):
+        return Configs({}, PeftConfig())
+    found = {name: alpha for name in HEADER_ALPHA if (alpha := _positive(file.metadata.get(name))) is not None}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{name} {alpha:g}" for name, alpha in found.items())
+        raise FormatError("the header says two alphas", f"{said} in {file.path}", "take the wrong one out of it")
+    return Configs({"": PeftConfig(alpha=next(iter(found.values())))} if found else {}, PeftConfig())
+
+
+def _parsed(where: str, text: str | Path) -> dict[str, PeftConfig]:
+    """Return the configuration of each component; what has no component is that of the main model, `unet`."""
     try:
-        loaded: dict[str, Any] = {}
-        if inside or os.path.isfile(beside):
-            loaded = parse_json(inside) if inside else read_json(beside)
-        config = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in loaded.items()}
-        return PeftConfig(
-            alpha=_number(config.get("lora_alpha", config.get("alpha"))),
-            rank=_number(config.get("r")),
-            use_rslora=bool(config.get("use_rslora")),
-            alphas=_patterns(config.get("alpha_pattern")),
-            ranks=_patterns(config.get("rank_pattern")),
-        )
+        loaded: dict[str, Any] = read_json(text) if isinstance(text, Path) else parse_json(text)
+        parts: dict[str, dict[str, Any]] = {"unet": {}}
+        for key, value in loaded.items():
+            component, _, name = key.partition(".")
+            if component not in COMPONENTS or not name:
+                component, name = "unet", key
+            parts.setdefault("unet" if component in MAIN else component, {})[name] = value
+        return {component: _config(part) for component, part in parts.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        where = f"the metadata of {file.path}" if inside else str(beside)
-        raise FormatError("the adapter's configuration is not readable", where, "mend it or take it away") from error
+        got = f"{where} ({error})" if isinstance(error, ValueError) else where
+        raise FormatError("the adapter's configuration is not readable", got, "mend it or take it away") from error
+
+
+def _config(said: Mapping[str, Any]) -> PeftConfig:
+    return PeftConfig(
+        alpha=_number(said.get("lora_alpha", said.get("alpha"))),
+        rank=_number(said.get("r")),
+        use_rslora=bool(said.get("use_rslora")),
+        alphas=_patterns(said.get("alpha_pattern")),
+        ranks=_patterns(said.get("rank_pattern")),
+    )
+
+
+def _patterns(values: Mapping[str, object] | None) -> Patterns:
+    return Patterns({key: _finite(value) for key, value in (values or {}).items()})
 
 
 def _number(value: object) -> float | None:
@@ -72,11 +122,10 @@ def _finite(value: object) -> float:
     return number
 
 
-def _patterns(entries: Mapping[str, object] | None) -> Patterns:
-    return {key: (place, _finite(value)) for place, (key, value) in enumerate((entries or {}).items())}
-
-
-def _matching(patterns: Patterns, path: str, default: float | None) -> float | None:
-    """Return the value of the first pattern that is the path, or its end after a dot."""
-    ends = (path[start:] for start in (0, *(dot.end() for dot in re.finditer(r"\.", path))))
-    return min((patterns[end] for end in ends if end in patterns), default=(0, default))[1]
+def _positive(text: str | None) -> float | None:
+    """Return the number that a free text of a header is; None if it is none, or none above 0."""
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if 0 < number < math.inf else None

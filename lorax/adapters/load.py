@@ -15,7 +15,7 @@ from ..families import Family, families
 from ..layers import Layer
 from ..linalg import all_finite
 from ..tensorfile import TensorFile, parse_json
-from .config import PeftConfig, peft_config
+from .config import PeftConfig, read_configs
 from .diff import VectorLayer
 from .keys import EMBEDDING, VECTOR_ROLES, parse, why_unknown
 from .kinds import kind_of
@@ -35,7 +35,8 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
     """Read an adapter file of any kind that is known, in any naming that is known.
 
     Args:
-        path: A safetensors file. The scale of a PEFT adapter is taken from the `adapter_config.json` beside it.
+        path: A safetensors file. The scale of PEFT's `adapter_model.safetensors` is taken from the
+            `adapter_config.json` beside it (see `read_configs`).
         base: The base that it was made for, if at hand: its layers are then known by name even where the base is not
             one of the full-size models.
         strict: Raise at the first update that cannot be used, instead of going on without it.
@@ -58,9 +59,10 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
         _check_indexed(file)
     named = families().get(file.metadata.get("base_family", "")) if naming == "lora-x" else None
     family = named or family_of(shapes, namings, base)
-    config = peft_config(file)
+    configs = read_configs(file)
     fingerprints = _fingerprints(file) if naming == "lora-x" else {}
     for module, keys in modules.items():
+        config = configs.of(module[0], namings[module])
         if module in shapes:
             reading.add_update(module, keys, places(module, shapes[module], base, family, naming), config, naming)
         for role in keys.keys() & VECTOR_ROLES.keys() | ({"diff"} if _is_vector(file, keys) else set()):

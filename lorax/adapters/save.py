@@ -16,6 +16,7 @@ from ..linalg import all_finite
 from ..options import NAMINGS
 from ..output import check_output, write_bytes
 from ..tensorfile import serialize
+from .config import HEADER_ALPHA
 from .diff import VectorLayer
 from .keys import FLATTENED, is_fused, module_name, parts_of
 from .layer import AdapterLayer, stacked
@@ -24,10 +25,11 @@ from .lora import LoraLayer, fuse
 from .lora_x import LoraXLayer
 from .model import Adapter
 
-# Metadata that is false for a changed file: kohya's hashes of the content, diffusers' scales (folded in here), what the
-# indexed format says of its indices, and the LoRA-X fields, which are written anew.
+# Metadata that is false for a changed file: kohya's hashes of the content, the scales of diffusers and in the header
+# (folded in here), what the indexed format says of its indices, and the LoRA-X fields, which are written anew.
 STALE = re.compile(
-    r"sshs_(model|legacy)_hash|lora_adapter_metadata|fingerprints|lorax_format_version|(unet|text_encoder)(:\d+:rank)?"
+    r"sshs_(model|legacy)_hash|lora_adapter_metadata|fingerprints|lorax_format_version|(unet|text_encoder)(:\d+:rank)?|"
+    + "|".join(HEADER_ALPHA)
 )
 
 
