@@ -46,7 +46,7 @@ def convert_to_lora(
             layer = source.layers.get(name, own.layer) if source is not None else own.layer
             if own.layer.shape and layer.matrix_shape != own.layer.matrix_shape:
                 layer = own.layer
-            own = LoraLayer(layer, B.to("cpu", own.computed_dtype), A.to("cpu", own.computed_dtype))
+            own = LoraLayer.of(layer, B, A, own.computed_dtype, own)
             own.check_finite()
         layers[name] = own
         progress(done, len(adapter.layers), name)

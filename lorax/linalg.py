@@ -5,6 +5,7 @@ triplets. A low-rank update is a pair of factors `B [m, k]`, `A [k, n]` and stay
 Everything works on CPU and CUDA and is deterministic.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ SPARE = 64
 # A float32 Gram matrix carries squared singular values with an error of about 1e-6 of the largest: directions whose
 # singular value is below this share of the first are found in float64.
 SINGLE_RESOLUTION = 0.03
+# Numbers from 2^-24 to 2^24 have fourth powers far inside float32, which goes from 2^-126 to 2^127.
+SQUARED = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ def leading_subspace(weight: Tensor, rank: int) -> Subspace:
         return decompose(weight, rank)
     wide = weight.shape[0] <= weight.shape[1]
     matrix = weight if wide else weight.T
-    energy, vectors = torch.linalg.eigh(gram(matrix))
+    energy, vectors = torch.linalg.eigh(gram(near_one(matrix)))
     if float(energy[-rank]) < SINGLE_RESOLUTION**2 * float(energy[-1]):
         return decompose(weight, rank)
     basis = vectors[:, -rank - SPARE :]
@@ -143,6 +146,17 @@ def gram(X: Tensor, out: Tensor | None = None) -> Tensor:
         G[i:, i:end] = X[i:] @ X[i:end].T
         G[i:end, end:] = G[end:, i:end].T
     return G
+
+
+def near_one(tensor: Tensor) -> Tensor:
+    """Return a tensor times a power of two so that float32 holds squares of its numbers and sums of those.
+
+    No bit of a number changes, so that what does not depend on the scale stays the same to the last bit.
+    """
+    exponent = math.frexp(float(torch.linalg.vector_norm(tensor, torch.inf)))[1]
+    if abs(exponent) <= SQUARED:
+        return tensor
+    return tensor * 2.0 ** min(max(-exponent, -126), 126)  # the power itself is a float32
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -179,7 +179,7 @@ class Mover:
         if not own.is_thin and not isinstance(own, LoraXLayer) and B.shape[1] > self.lora_rank:
             B, A = recompress(B, A, self.lora_rank)
             note = "; ".join(filter(None, (note, f"{own.kind} made a LoRA of rank {self.lora_rank}")))
-        return _like(own, layer_t, B, A, self.dtype), rank, note
+        return LoraLayer.of(layer_t, B, A, self.dtype or own.computed_dtype, own), rank, note
 
 
 def _auto(own: AdapterLayer, *, same: bool) -> str:
@@ -203,12 +203,3 @@ _APPLY: dict[str, Callable[[Tensor, Tensor, Subspace, Subspace], methods.Factors
     "align": methods.align,
     "subspace-null": methods.subspace_null,
 }
-
-
-def _like(own: AdapterLayer, layer: Layer, B: Tensor, A: Tensor, dtype: torch.dtype | None) -> LoraLayer:
-    """Return factors as a LoRA layer with the alpha and the dtype of the layer that they came from."""
-    alpha, scale = None, 1.0
-    if isinstance(own, LoraLayer) and own.is_thin and own.scale:
-        alpha, scale = own.alpha, own.scale
-    dtype = dtype or own.computed_dtype
-    return LoraLayer(layer, (B / scale).to("cpu", dtype), A.to("cpu", dtype), alpha)

@@ -17,7 +17,7 @@ from .base import Base
 from .engine import CPU, Engine
 from .errors import MismatchError, OptionError
 from .layers import Layer
-from .linalg import Subspace, decompose, gram
+from .linalg import Subspace, decompose, gram, near_one
 from .progress import Progress, counter, silent, unheard
 
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
@@ -91,7 +91,12 @@ def _groups(shapes: list[tuple[int, int]], device: str | torch.device) -> Groups
 
 def _add(groups: Groups, layer: Tensor | Subspace) -> None:
     """Add the next layer: a weight, or one that is cut to its leading triplets. Both sides have one trace and norm."""
-    factors = (layer.U * layer.S, layer.Vh.T * layer.S) if isinstance(layer, Subspace) else (layer, layer.T)
+    if isinstance(layer, Subspace):
+        layer = Subspace(layer.U, near_one(layer.S), layer.Vh)
+        factors = layer.U * layer.S, layer.Vh.T * layer.S
+    else:
+        layer = near_one(layer)
+        factors = layer, layer.T
     held = [group.held(X) for group, X in zip(groups, factors, strict=True)]
     if isinstance(layer, Subspace):
         energy = layer.S.double().square()

@@ -127,6 +127,14 @@ def test_leading_subspaces_project_as_torch_svd_does(shape, decay):
     torch.testing.assert_close(weight.float() @ space.Vh.T, space.U * space.S, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
+def test_leading_subspaces_do_not_depend_on_the_size_of_the_weight(size):
+    weight = with_spectrum(300, 320, [i**-0.5 for i in range(1, 301)])
+    ours, exact = leading_subspace((weight * size).float(), 100), leading_subspace(weight.float(), 100)
+    torch.testing.assert_close(ours.U @ (ours.U.T @ exact.U), exact.U, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.S.double() / size, exact.S.double(), rtol=1e-4, atol=0)
+
+
 def test_small_weights_and_high_ranks_are_decomposed_exactly():
     weight = randn(80, 90).float()
     for rank in (20, 80):

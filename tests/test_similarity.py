@@ -55,6 +55,18 @@ def test_laws(size, seed, scale):
         assert math.isnan(score.corrected) or score.corrected == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-11, 1e9, 1e20, 1e30, 1e37])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_size_of_a_weight_does_not_count_however_small_or_large(size, rank, monkeypatch):
+    A, B = weight(6, 9, 1), weight(6, 9, 2)
+    small, large = (A.double() * size).float(), (B.double() / size).float()
+    for _ in range(2):
+        for side, score in enumerate(pair_scores(small, large, rank)):
+            assert score.phi == pytest.approx(phi_by_singular_vectors(small, large, side, rank), abs=1e-4)
+            assert score.chance == pytest.approx(pair_scores(A, B, rank)[side].chance, abs=1e-4)
+        monkeypatch.setattr("lorax.similarity.GRAM_LIMIT", 4)  # products of weights
+
+
 def test_chance_level_is_what_unrelated_weights_score():
     for shape in ((200, 200), (200, 300)):
         scores = [pair_scores(weight(*shape, 2 * i), weight(*shape, 2 * i + 1)) for i in range(5)]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -53,6 +53,25 @@ class LoraLayer(ScaledLayer):
         if math.prod((*down[:2], *mid[2:])) > WEIGHT:  # what becomes of the two
             raise misfit(cls.KIND, shapes, f"whose lora_mid makes a factor of more than {WEIGHT} numbers")
         return up[0], down[1], *mid[2:]
+
+    @classmethod
+    def of(cls, layer: Layer, B: Tensor, A: Tensor, dtype: torch.dtype, origin: AdapterLayer) -> Self:
+        """Return `delta_weight = B A`, computed from another update, as a layer on the CPU.
+
+        Where that was a LoRA its scale is kept, so that `lora_up` keeps its size and no half precision overflows: alpha
+        follows the rank, which may be another.
+
+        Args:
+            layer: The layer that it belongs to.
+            B: `[m, k]`.
+            A: `[k, n]`.
+            dtype: The dtype to store.
+            origin: The update that the factors came from.
+        """
+        alpha, scale = None, 1.0
+        if isinstance(origin, LoraLayer) and origin.is_thin and origin.alpha:
+            alpha, scale = origin.alpha * (A.shape[0] / origin.rank), origin.scale
+        return cls(layer, (B / scale).to("cpu", dtype), A.to("cpu", dtype), alpha)
 
     @property
     def rank(self) -> int:
