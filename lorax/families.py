@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from .layers import MAIN, Layer, LayerTable, flatten, reads_text
+from .layers import MAIN, NESTED, Layer, LayerTable, flatten, reads_text
 from .unet import UNetConfig, diffusers_to_ldm, ldm_to_diffusers
 
 # kind -> layers, width, inner width of the feed-forward
@@ -193,7 +193,8 @@ class Family:
             return layers
         if (known := self._unflatten(path, self._diffusers)) and (fused := self._original_of(known, shape)):
             return [Layer(f"{self.component}.{known}", shape, fused[0])]
-        return []
+        nested = NESTED.match(path)
+        return self.find(component, path[nested.end() :], shape) if nested else []
 
     def spellings(self, layers: Iterable[Layer]) -> dict[str, list[str]]:
         """Return for each alias in a model with these layers the names of the layers that it means, in row order."""

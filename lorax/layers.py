@@ -11,6 +11,15 @@ CONTAINERS = {
     "down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "transformer_blocks", "blocks",
     "text_model", "encoder", "layers", "block",
 }  # fmt: skip
+# What some programs put around a module path, once more or more than once; a path is tried as it is first.
+NESTED = re.compile(r"(?:(?:base_model|pipe|dit|net|model|diffusion_model|transformer|unet)\.)+")
+# The projections that diffusers' models fuse when they are asked to (`fuse_qkv_projections`) -> those of which.
+FUSED_PARTS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+FUSED = re.compile(rf"(.+)_({'|'.join(FUSED_PARTS)})")
 UNET_BLOCK = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+(?:\.transformer_blocks\.\d+)?(?=\.)")
 FIRST_BLOCK = re.compile(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)")
 ATTENTION = re.compile(r"attn|attention|\bqkv\b", re.IGNORECASE)
@@ -130,4 +139,10 @@ class LayerTable(Mapping[str, Layer]):
         Returns:
             No layer, one, or the parts of a fused weight in row order.
         """
-        return self._spellings.get(("" if component in MAIN else component, flatten(path)), [])
+        place = "" if component in MAIN else component
+        found = self._spellings.get((place, flatten(path)), [])
+        if not found and (fused := FUSED.fullmatch(flatten(path))):
+            parts = [self._spellings.get((place, f"{fused[1]}_{part}")) for part in FUSED_PARTS[fused[2]]]
+            return [layers[0] for layers in parts if layers] if all(parts) else []
+        nested = None if found else NESTED.match(path)
+        return self.find(component, path[nested.end() :]) if nested else found

@@ -14,8 +14,6 @@ ROLES = {
     ".lora_mid.weight": "lora_mid",
     ".lora_A.weight": "lora_down",
     ".lora_B.weight": "lora_up",
-    ".lora_A.default.weight": "lora_down",
-    ".lora_B.default.weight": "lora_up",
     ".lora_A": "lora_down",
     ".lora_B": "lora_up",
     ".lora_linear_layer.down.weight": "lora_down",
@@ -25,11 +23,8 @@ ROLES = {
     "_lora.down.weight": "lora_down",
     "_lora.up.weight": "lora_up",
     ".lora_B.bias": "lora_bias",
-    ".lora_B.default.bias": "lora_bias",
     ".lora_magnitude_vector": "dora_scale",
     ".lora_magnitude_vector.weight": "dora_scale",
-    ".lora_magnitude_vector.default.weight": "dora_scale",
-    ".lora_magnitude_vector.default": "dora_scale",
     ".reshape_weight": "reshape_weight",
     ".alpha": "alpha",
 }
@@ -45,6 +40,7 @@ ENCODER_KINDS = ("clip_l", "clip_g", "clip_h", "t5xxl")
 PREFIXES = {
     "lora_unet__": ("unet", "kohya"),
     "lora_unet_": ("unet", "kohya"),
+    "Hunyuan_video_I2V_lora_": ("unet", "kohya"),
     "lora_transformer_": ("unet", "onetrainer"),
     "lycoris_": ("unet", "simpletuner"),
     "lora_te1_": ("text_encoder", "kohya"),
@@ -66,11 +62,24 @@ PREFIXES = {
     "text_model.": ("text_encoder", "diffusers"),
     "": ("unet", "diffusers"),
 }
-# How the XLabs trainer calls the attention of FLUX's double blocks.
+# How the XLabs trainer and USO call the attention of FLUX's double blocks, and in single blocks the attention rows of
+# linear1, and linear2.
 XLABS = {
-    "qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv",
-    "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj",
+    "qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv", "qkv_lora": "linear1_qkv",
+    "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj", "proj_lora": "linear2",
 }  # fmt: skip
+XLABS_KEY = re.compile(rf"(.*\.)processor\.({'|'.join(XLABS)})\.(down|up)\.weight")
+# What wraps a module while it is trained (torch.compile, data parallel, checkpoints of activations), dotted or flat.
+WRAPPERS = re.compile(r"(?<![A-Za-z0-9])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]|^(module\.)+")
+# The name of an adapter in a model of PEFT, `default` or any other, which its files do without.
+ADAPTER_NAME = re.compile(
+    r"(?<=\.)(lora_[AB]|lora_magnitude_vector|lora_embedding_[AB]|(?:hada|lokr)_\w+)"
+    r"\.(?!(?:weight|bias|scalar)$)[^.]+(?=$|\.(?:weight|bias)$)"
+)
+# The blocks of CLIP as transformers 5 calls them; before, they were in `text_model`.
+CLIP_BLOCK = re.compile(r"encoder([._])layers\1\d+\1(self_attn|mlp|layer_norm)")
+# Where diffusers has a part of a model as a component of its own -> the module of the whole.
+COMPONENTS = {"text_conditioner.": "llm_adapter."}
 INPUT_SIDE = "a rotation of PEFT, of the inputs and by settings that the file does not hold: merge it with PEFT first"
 EMBEDDING = "a textual-inversion vector: a LoRA file has no place for it, keep the original beside the result"
 REASONS = (
@@ -112,17 +121,23 @@ def parse(key: str) -> Key | None:
         component, number, role = [*key.split(":"), "", ""][:3]
         known = number.isdecimal() and role in ("up", "down")
         return Key(component, number, f"lora_{role}", "indexed") if known else None
-    if found := re.fullmatch(r"(.*\.)processor\.(\w+_lora[12])\.(down|up)\.weight", key):
-        key = f"{found[1]}{XLABS.get(found[2], found[2])}.lora_{found[3]}.weight"
+    if found := XLABS_KEY.fullmatch(key):
+        key = f"{found[1]}{XLABS[found[2]]}.lora_{found[3]}.weight"
+    key = ADAPTER_NAME.sub(r"\1", WRAPPERS.sub("", key))
     suffix = next((suffix for suffix in ROLES if key.endswith(suffix)), None)
     if suffix is None:
         return None
     module = key.removesuffix(suffix).replace(".processor", "")
     prefix = next(prefix for prefix in PREFIXES if module.startswith(prefix))
     component, naming = PREFIXES[prefix]
-    path = module if prefix == "text_model." else module.removeprefix(prefix)
+    path = WRAPPERS.sub("", module.removeprefix(prefix))
+    for start, whole in COMPONENTS.items():
+        path = whole + path.removeprefix(start) if path.startswith(start) else path
     if prefix.endswith("text_model."):
-        path = "text_model." + path.removeprefix("text_model.")
+        path = f"text_model.{path}"
+    elif found := CLIP_BLOCK.match(path):
+        component = "text_encoder" if component == "unet" else component
+        path = f"text_model{found[1]}{path}"
     return Key(component, path, ROLES[suffix], naming)
 
 
@@ -165,7 +180,8 @@ def module_name(layer: Layer, family: Family | None, naming: str) -> str:
     """
     encoder = next((e for e in family.text_encoders if e.component == layer.component), None) if family else None
     if naming == "diffusers" and not _is_whole(layer, family):
-        return layer.name
+        part = next((part for part, whole in COMPONENTS.items() if layer.path.startswith(whole)), None)
+        return layer.name if part is None else part + layer.path.removeprefix(COMPONENTS[part])
     if naming in FLATTENED and layer.is_main and not _is_whole(layer, family):
         return FLATTENED[naming] + flatten(layer.path)
     if naming in ("diffusers", "original"):
