@@ -117,7 +117,7 @@ def _picture(content: bytes, ending: str) -> np.ndarray:
         import resvg_py
 
         content = bytes(resvg_py.svg_to_bytes(svg_string=content.decode(), width=64, height=64))
-    image = Image.open(io.BytesIO(content)).convert("RGBA")
+    image = Image.open(io.BytesIO(content), formats=("PNG",)).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     size = MODELS.pixels, MODELS.pixels
     picture = Image.alpha_composite(white, image).convert("RGB").resize(size, Image.Resampling.LANCZOS)

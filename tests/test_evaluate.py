@@ -1,6 +1,10 @@
 """Scores of pictures, against the formulas written out over the very models of transformers, torchvision and lpips."""
 
 import json
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from itertools import combinations
 
 import lpips
@@ -8,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     BitImageProcessor,
     CLIPConfig,
@@ -22,6 +26,7 @@ from transformers import (
 
 from lorax import FileError, FormatError, MismatchError, OptionError
 from lorax.evaluate import evaluate
+from tests.test_hostile import FORBIDDEN, ROOT, RUN
 
 SIDE = 64
 
@@ -99,8 +104,6 @@ def test_dinov2_compares_pictures_of_one_name(pictures, weights):
 def test_diversity_is_lpips_of_all_pairs_of_one_caption(pictures, weights):
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     alexnet = torchvision.models.AlexNet()
-    from safetensors.torch import load_file
-
     alexnet.load_state_dict(load_file(weights / "alexnet.safetensors"))
     for part in range(1, 6):
         for name, module in getattr(model.net, f"slice{part}").named_children():
@@ -113,6 +116,112 @@ def test_diversity_is_lpips_of_all_pairs_of_one_caption(pictures, weights):
     assert evaluate(pictures[0], lpips=weights / "alexnet.safetensors").lpips_diversity == pytest.approx(
         expected, rel=1e-4
     )
+
+
+@pytest.fixture
+def alexnet(weights):
+    return {"lpips": weights / "alexnet.safetensors"}
+
+
+def drawn(folder, **sizes):
+    """Fill a folder with pictures of a name and a size."""
+    for name, size in sizes.items():
+        Image.effect_noise(size, 50).convert("RGB").save(folder / f"{name}.png")
+
+
+def test_pictures_that_lpips_cannot_compare(weights, alexnet, tmp_path):
+    drawn(tmp_path, a=(64, 64), b=(64, 48))
+    with pytest.raises(MismatchError, match=r"two sizes: .*a\.png has 64 x 64, .*b\.png has 64 x 48"):
+        evaluate(tmp_path, **alexnet)
+    drawn(tmp_path, a=(1, 1), b=(1, 1))
+    with pytest.raises(MismatchError, match=r"too small for LPIPS: .*a\.png has 1 x 1"):
+        evaluate(tmp_path, **alexnet)
+    assert evaluate(tmp_path, dinov2=weights / "dinov2", reference=tmp_path).dinov2 == pytest.approx(1, abs=1e-5)
+    drawn(tmp_path, a=(31, 40), b=(31, 40))
+    assert evaluate(tmp_path, **alexnet).lpips_diversity > 0
+    drawn(tmp_path, a=(30, 40), b=(30, 40))
+    with pytest.raises(MismatchError, match="too small"):
+        evaluate(tmp_path, **alexnet)
+
+
+def test_captions_that_are_not_what_they_should_be(weights, alexnet, tmp_path):
+    drawn(tmp_path, a=(64, 64), b=(64, 64))
+    (tmp_path / "a.txt").write_text("a cat")
+    for measure in (alexnet, {"hpsv2": weights / "hpsv2"}):
+        with pytest.raises(MismatchError, match=r"no caption: .*b\.png"):
+            evaluate(tmp_path, **measure)
+        (tmp_path / "b.txt").write_bytes("ébahi".encode("cp1252"))
+        with pytest.raises(FileError, match=r"b\.txt.*UTF-8"):
+            evaluate(tmp_path, **measure)
+        (tmp_path / "b.txt").unlink()
+        (tmp_path / "b.txt").symlink_to("nowhere")
+        with pytest.raises(FileError, match=r"no regular file: .*b\.txt"):
+            evaluate(tmp_path, **measure)
+        (tmp_path / "b.txt").unlink()
+    assert evaluate(tmp_path, dinov2=weights / "dinov2", reference=tmp_path).pictures == 2
+
+
+def test_a_folder_that_is_none(alexnet, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "nowhere"):
+        with pytest.raises(FileError, match="cannot read the folder"):
+            evaluate(tmp_path / name, **alexnet)
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(MismatchError, match="one caption"):
+        evaluate(tmp_path, **alexnet)
+    (tmp_path / "y.png").mkdir()
+    with pytest.raises(FileError, match=r"no regular file: .*x\.png"):
+        evaluate(tmp_path, **alexnet)
+
+
+def test_no_weight_stays_at_random(pictures, weights, tmp_path):
+    shutil.copytree(weights / "dinov2", tmp_path / "half")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    del tensors[next(key for key in sorted(tensors) if key.startswith("encoder.layer.0.") and "weight" in key)]
+    save_file(tensors, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=r"half has no encoder\.layer\.0\."):
+        evaluate(pictures[0], dinov2=tmp_path / "half", reference=pictures[1])
+
+
+BROKEN = ["[]", "{}", '{"model_type": 5, "hidden_size": "x"}', "[" * 10_000]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("kind", ["hpsv2", "dinov2"])
+def test_a_configuration_that_is_none(pictures, weights, tmp_path, kind, text):
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        if not (weights / kind / name).is_file():
+            continue
+        folder = tmp_path / name
+        shutil.copytree(weights / kind, folder)
+        (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+        with suppress(FormatError):  # some of it has defaults
+            evaluate(pictures[0], **{kind: folder}, reference=pictures[1])
+
+
+def test_no_network_no_pickle_no_other_program_and_no_code_of_a_folder(pictures, weights, tmp_path):
+    """The command under a hook of the interpreter that ends it at the first forbidden thing."""
+    folder = tmp_path / "code"
+    shutil.copytree(weights / "dinov2", folder)
+    for name in ("config.json", "preprocessor_config.json"):
+        held = json.loads((folder / name).read_text())
+        mapped = {"AutoImageProcessor": "own.Own", "AutoModel": "own.Own", "AutoConfig": "own.Own"}
+        (folder / name).write_text(json.dumps(held | {"auto_map": mapped, "image_processor_type": "Own"}))
+    (folder / "own.py").write_text("import os\nos.system('true')\n")
+    shutil.copytree(pictures[0], tmp_path / "evil")
+    (tmp_path / "evil" / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n%%EOF\n")
+    every = ["--hpsv2", weights / "hpsv2", "--lpips", weights / "alexnet.safetensors", "--dinov2", weights / "dinov2"]
+    commands = [
+        (0, "evaluate", pictures[0], *every, "--reference", pictures[1]),
+        (1, "evaluate", pictures[0], "--dinov2", folder, "--reference", pictures[1]),
+        *((1, "evaluate", tmp_path / "evil", *every[i : i + 2], "--reference", pictures[1]) for i in (0, 2, 4)),
+    ]
+    words = json.dumps([[status, [*map(str, words)]] for status, *words in commands])
+    code = "import transformers, lpips, torchvision, regex" + FORBIDDEN + RUN
+    done = subprocess.run([sys.executable, "-c", code, words], input="y\n", capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("=== ") == len(commands)
+    assert done.stderr.count("cannot read a picture") == 3
 
 
 def test_what_is_wrong_is_said(pictures, weights, tmp_path, run):
