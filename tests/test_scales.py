@@ -4,16 +4,19 @@ import json
 import re
 import time
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from lorax import FormatError, load_adapter, save_adapter
+from lorax import Adapter, FormatError, LoraLayer, load_adapter, save_adapter
 from lorax.adapters.config import HEADER_ALPHA
+from lorax.adapters.lora import fuse
 from lorax.adapters.pattern import Pattern, Patterns
+from lorax.layers import Layer
 
 PATHS = [
     "transformer_blocks.0.attn.to_q",
@@ -179,3 +182,71 @@ def test_what_is_written_beside_a_configuration_is_not_scaled_again(tmp_path, na
     assert again.layers.keys() == adapter.layers.keys()
     for layer, own in adapter.layers.items():
         torch.testing.assert_close(again.layers[layer].delta_weight(), own.delta_weight(), rtol=1e-6, atol=1e-6)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6], ids="{:g}".format)
+@pytest.mark.parametrize(("alpha", "rank"), [(1.0, 128), (3.0, 128), (16.0, 6), (0.0, 4), (2.0**12, 4), (-1.0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_a_scale_within_the_factors_is_exact(size, alpha, rank, dtype):
+    own = LoraLayer(
+        Layer("x", (32, 16)), (random(32, rank) * size).to(dtype), random(rank, 16, seed=1).to(dtype), alpha
+    )
+    scaled = own.scaled()
+    assert scaled.scale == 1
+    expected = own.lora_up.double() @ own.lora_down.double() * (alpha / rank)
+    got = scaled.lora_up.double() @ scaled.lora_down.double()
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=float(expected.abs().max()) * 1e-6)
+    is_power = alpha == 0 or (alpha / rank) in {2.0**k for k in range(-20, 20)}
+    if is_power and size > 1e-6 and dtype != torch.float8_e4m3fn:
+        assert scaled.lora_up.dtype == scaled.lora_down.dtype == dtype
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q = torch.nn.Linear(16, 32)
+        self.to_k = torch.nn.Linear(16, 32)
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "kohya", "original"])
+@pytest.mark.parametrize("stored", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("alpha", [1.0, 3.0])
+def test_what_is_written_in_half_precision_has_the_update_of_float64(tmp_path, naming, stored, alpha):
+    """Alpha 1 and rank 128 put small factors below what half precision holds."""
+    layers = {}
+    for seed, name in enumerate(("to_q", "to_k")):
+        up, down = (random(32, 128, seed=seed) * 1e-4).half(), random(128, 16, seed=9 + seed).half()
+        layers[f"transformer.{name}"] = LoraLayer(Layer(f"transformer.{name}", (32, 16)), up, down, alpha)
+    adapter = Adapter("a", None, "kohya", layers)
+    save_adapter(adapter, tmp_path / "a.safetensors", naming=naming, dtype=stored)
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert stored is None or {t.dtype for key, t in tensors.items() if not key.endswith("alpha")} == {stored}
+    for name in ("to_q", "to_k"):
+        own = layers[f"transformer.{name}"]
+        expected = own.lora_up.double() @ own.lora_down.double() * (alpha / 128)
+        if naming == "diffusers":
+            keys = {key.replace("transformer.", ""): value for key, value in tensors.items()}
+            model = peft.inject_adapter_in_model(peft.LoraConfig(r=128, lora_alpha=128, target_modules=[name]), Small())
+            peft.set_peft_model_state_dict(model, {f"base_model.model.{key}": value for key, value in keys.items()})
+            got = getattr(model, name).get_delta_weight("default").detach().double()
+        else:
+            prefix = "lora_unet_" if naming == "kohya" else "diffusion_model."
+            ends = ("lora_up", "lora_down") if naming == "kohya" else ("lora_B", "lora_A")
+            up, down = (tensors[f"{prefix}{name}.{end}.weight"].double() for end in ends)
+            got = up @ down * (float(tensors[f"{prefix}{name}.alpha"]) / 128)
+        bound = 1e-6 if stored is None or alpha == 1 else 1e-3
+        assert float((got - expected).norm() / expected.norm()) < bound
+
+
+def test_parts_of_unequal_scales_are_fused_exactly():
+    parts = [
+        LoraLayer(Layer(f"x.{i}", (8, 16)), (random(8, 4, seed=i) * 1e-4).half(), random(4, 16).half(), alpha)
+        for i, alpha in enumerate((1 / 64, 0.3))
+    ]
+    whole = fuse(parts, Layer("x", (16, 16)))
+    expected = torch.cat([part.lora_up.double() @ part.lora_down.double() * part.scale for part in parts])
+    torch.testing.assert_close(whole.delta_weight(torch.zeros(16, 16).double()), expected, rtol=1e-6, atol=1e-12)

@@ -19,6 +19,9 @@ from .dora import decomposed, with_magnitude_of
 RANK = 2**14
 # Numbers of the dense update: the largest weight of a known base, 55296 x 6144 (FLUX.2), has a third of it.
 WEIGHT = 2**30
+# The relative error up to which a multiple counts as exact: the unit roundoff of float32, by 16 for its small numbers.
+# The factors that it is asked of were rounded to 2^-9 (bf16) or 2^-11 (fp16) when their file was made.
+ROUNDING = 2.0**-20
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -326,6 +329,14 @@ def number(value: float, dtype: torch.dtype) -> Tensor:
     """Return a number as a tensor of `dtype`, or of float32 where `dtype` does not hold it exactly."""
     stored = torch.tensor(value, dtype=torch.float64).to(dtype)
     return stored if float(stored) == value else torch.tensor(value, dtype=torch.float32)
+
+
+def times(tensor: Tensor, factor: float) -> Tensor:
+    """Return a multiple of a tensor: in its dtype where that rounds by no more than `ROUNDING`, else in float32."""
+    exact = tensor.double() * factor
+    stored = exact.to(tensor.dtype)
+    error = torch.linalg.vector_norm(stored.double() - exact)
+    return stored if float(error) <= ROUNDING * float(torch.linalg.vector_norm(exact)) else exact.float()
 
 
 def stacked(parts: Sequence[AdapterLayer], layer: Layer) -> AdapterLayer | None:

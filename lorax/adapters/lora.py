@@ -1,7 +1,7 @@
 """LoRA: two thin factors (arXiv 2106.09685); with a magnitude, DoRA (arXiv 2402.09353)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Layer
-from .layer import WEIGHT, AdapterLayer, Parts, ScaledLayer, Shape, Shapes, misfit, stacked
+from .layer import WEIGHT, AdapterLayer, Parts, ScaledLayer, Shape, Shapes, misfit, stacked, times
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +112,22 @@ class LoraLayer(ScaledLayer):
         inner = shape[1:] if self.lora_mid is None else (shape[1], *[1] * len(shape[2:]))
         return up, self.lora_down.reshape(self.rank, *inner)
 
+    def scaled(self) -> Self:
+        """Return the same update with a scale of 1, for programs that read no alpha.
+
+        The power of two in the scale goes into `lora_up`, `lora_down` or both, where that rounds none of their numbers
+        (see `times`). If it does everywhere, or the scale is no power of two, a factor becomes float32.
+        """
+        if self.scale == 1:
+            return replace(self, alpha=None)
+        exponent = math.frexp(self.scale)[1] - 1
+        up, down = self.lora_up, self.lora_down
+        for share in (exponent, 0, (exponent + _magnitude(down) - _magnitude(up)) // 2):
+            up, down = times(self.lora_up, 2.0**share), times(self.lora_down, 2.0 ** (exponent - share))
+            if (up.dtype, down.dtype) == (self.lora_up.dtype, self.lora_down.dtype):
+                break
+        return replace(self, lora_up=times(up, self.scale / 2.0**exponent), lora_down=down, alpha=None)
+
     def tensors(self) -> dict[str, Tensor]:
         """See the base; the factors of a convolution are 4D."""
         up, down = self.shaped()
@@ -126,7 +142,7 @@ def fuse(parts: Sequence[LoraLayer], layer: Layer) -> LoraLayer:
     """Put the updates of the row parts of one weight back together; the inverse of `LoraLayer.cut`.
 
     Where all parts share `lora_down`, `lora_mid` and the scale, their `lora_up` are stacked. Else `lora_up` becomes
-    block diagonal and the rank the sum of theirs: exact too, but for the rounding of unequal scales into `lora_up`.
+    block diagonal and the rank the sum of theirs: exact too (see `LoraLayer.scaled` for unequal scales).
 
     Args:
         parts: The updates in the order of their rows. Without magnitude, or all with one per output.
@@ -139,17 +155,32 @@ def fuse(parts: Sequence[LoraLayer], layer: Layer) -> LoraLayer:
     if isinstance(whole, LoraLayer):
         return whole
     flat = [_without_mid(part) for part in parts]
-    rank, scale = sum(part.rank for part in flat), flat[0].scale
-    equal = all(part.scale == scale for part in flat)
-    ups = [part.lora_up if equal else (part.lora_up.float() * part.scale).to(part.dtype) for part in flat]
+    scale = flat[0].scale
+    if any(part.scale != scale for part in flat):
+        flat, scale = [part.scaled() for part in flat], 1.0
+    ups = _alike(part.lora_up.reshape(part.lora_up.shape[0], -1) for part in flat)
+    downs = _alike(part.lora_down.reshape(part.rank, -1) for part in flat)
     scales = [part.dora_scale for part in parts if part.dora_scale is not None]
     return LoraLayer(
         layer,
-        torch.block_diag(*(up.reshape(up.shape[0], -1) for up in ups)),
-        torch.cat([part.lora_down.reshape(part.rank, -1) for part in flat]),
-        rank * scale if equal else float(rank),
+        torch.block_diag(*ups),
+        torch.cat(downs),
+        scale * sum(part.rank for part in flat),
         dora_scale=torch.cat(scales) if scales else None,
     )
+
+
+def _magnitude(tensor: Tensor) -> int:
+    """Return the power of two of the largest number."""
+    return math.frexp(float(tensor.float().abs().max()))[1]
+
+
+def _alike(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return tensors in one dtype: theirs, or one that holds the numbers of all."""
+    tensors = list(tensors)
+    dtypes = {tensor.dtype for tensor in tensors}
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    return tensors if len(dtypes) == 1 else [tensor.to(wide) for tensor in tensors]
 
 
 def _without_mid(part: LoraLayer) -> LoraLayer:

@@ -45,10 +45,10 @@ def save_adapter(
     """Write an adapter as safetensors, whole or not at all; the same adapter always gives the same bytes.
 
     Layers become what `AdapterLayer.tensors` says, in the spelling of kohya and LyCORIS. In the namings `diffusers` and
-    `original` a LoRA becomes `lora_A`, `lora_B` (`diffusers`: the scale folded into `lora_B`, as its default is 1).
-    Parts of a weight that the naming knows only fused are put together; where some are missing or do not go together,
-    each has the name that diffusers gives it. LoRA-X layers become `<layer>.delta`, their fingerprints stand in the
-    metadata.
+    `original` a LoRA becomes `lora_A`, `lora_B` (`diffusers`: with the scale within them, as its default is 1; in
+    float32 where half precision would round it, see `LoraLayer.scaled`). Parts of a weight that the naming knows only
+    fused are put together; where some are missing or do not go together, each has the name that diffusers gives it.
+    LoRA-X layers become `<layer>.delta`, their fingerprints stand in the metadata.
 
     Args:
         adapter: The adapter.
@@ -75,9 +75,11 @@ def save_adapter(
     for module, layer in _modules(adapter, naming):
         if isinstance(layer, LoraXLayer):
             fingerprints[layer.layer.name] = layer.fingerprint
+        elif dtype is not None:
+            layer = layer.moved(layer.layer, dtype)
         for part, tensor in _parts(layer, naming).items():
             key = f"{module}.{part}"
-            tensors[key] = tensor if dtype is None or part == "delta" else _cast(tensor, dtype, key)
+            tensors[key] = tensor if dtype is None or part in ("delta", "alpha") else _cast(tensor, dtype, key)
     for key in [key for key in tensors if key.endswith(".b_norm")]:
         module = key.removesuffix(".b_norm")
         if f"{module}.w_norm" not in tensors:  # ComfyUI reads b_norm beside w_norm only
@@ -138,15 +140,12 @@ def _owner(parameter: Layer) -> Layer:
 
 def _parts(layer: AdapterLayer, naming: str) -> dict[str, Tensor]:
     """Return the tensors of a layer by what is written after `<module>.`."""
-    parts = layer.tensors()
     if naming not in ("diffusers", "original") or not isinstance(layer, LoraLayer) or layer.lora_mid is not None:
-        return parts
+        return layer.tensors()
+    scaled = naming == "original" and layer.scale != 1
+    parts = layer.tensors() if scaled else layer.scaled().tensors()
     up, down, alpha = parts.pop("lora_up.weight"), parts.pop("lora_down.weight"), parts.pop("alpha")
-    if naming == "original":
-        scale = {} if layer.scale == 1 else {"alpha": alpha}
-        return parts | scale | {"lora_B.weight": up, "lora_A.weight": down}
-    scaled = up if layer.scale == 1 else (up.float() * layer.scale).to(up.dtype)
-    return parts | {"lora_B.weight": scaled, "lora_A.weight": down}
+    return parts | ({"alpha": alpha} if scaled else {}) | {"lora_B.weight": up, "lora_A.weight": down}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
