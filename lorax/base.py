@@ -46,6 +46,8 @@ class Base:
         read: Returns the weight of a layer, `layer.shape`, any floating dtype.
         vectors: Its norms and biases, by name with `.weight` or `.bias`.
         files: The files that it reads, which no output may replace.
+        state: Names the files in the state in which they were opened: a weight of another state is refused. Nothing for
+            a model in memory.
         naming: How its file spells the layers: `original` or `diffusers`.
         dtypes: How many tensors are stored in each dtype.
         parameters: How many numbers they hold.
@@ -58,6 +60,7 @@ class Base:
     read: Callable[[Layer], Tensor]
     vectors: LayerTable = field(default_factory=lambda: LayerTable([]))
     files: list[Path] = field(default_factory=list[Path])
+    state: tuple[object, ...] = ()
     naming: str = ""
     dtypes: Counter[str] = field(default_factory=Counter[str])
     parameters: int = 0
@@ -198,6 +201,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
         for layer, place in _text_layers(encoder.component, files, starts):
             layers.append(layer)
             places[layer.name] = place
+    opened = list({id(file): file for part in parts.values() for file in part.values()}.values())
     entries = [file.entries[key] for files in parts.values() for key, file in files.items()]
     return Base(
         name=path.name,
@@ -205,7 +209,8 @@ def open_base(path: str | os.PathLike[str]) -> Base:
         layers=LayerTable(layers, spellings),
         read=lambda layer: places[layer.name].read(),
         vectors=LayerTable(family.vectors(_sizes(main, prefix), found)),
-        files=list({file.path: None for files in parts.values() for file in files.values()}),
+        files=[file.path for file in opened],
+        state=tuple((os.path.realpath(file.path), *file.state) for file in opened),
         naming=naming,
         dtypes=Counter(entry.dtype for entry in entries),
         parameters=sum(math.prod(entry.shape) for entry in entries),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -160,10 +160,11 @@ class _Contents:
 
 def _contents(path: Path) -> _Contents:
     """Read a file; what is wrong in it raises one of DAMAGED."""
-    header = TensorFile(path).metadata
+    file = TensorFile(path)
+    header = file.metadata
     if header.get("lorax_checkpoint_version") != VERSION:
         raise FormatError("no checkpoint of a training", str(path), "give the file that the training wrote")
-    tensors, values = load_file(path), parse_json(header["training"])
+    tensors, values = load(file.content()), parse_json(header["training"])
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **values["plain"]}.items():
         part, _, rest = key.partition(".")

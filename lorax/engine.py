@@ -74,24 +74,22 @@ class Engine:
 
     @contextmanager
     def remembering(self, *bases: Base) -> Generator[None]:
-        """Keep digests of layers with the time and size of the files, so that unchanged files are not read again."""
+        """Keep digests of layers by the state of the files, so that unchanged files are not read again."""
         if self.cache is None:
             yield
             return
-        kept: list[tuple[Base, list[object], int]] = []
+        kept: list[tuple[Base, int]] = []
         for base in bases:
-            if state := _state(base):
-                found = self.cache.read("digests", __version__, *state)
-                known = _known(found)
+            if base.state:
+                known = _known(self.cache.read("digests", __version__, base.state))
                 base.digests.update(known)
-                kept.append((base, state, len(known)))
+                kept.append((base, len(known)))
         try:
             yield
         finally:
-            for base, state, count in kept:
-                # A file that was written to meanwhile is not the one that the key names.
-                if len(base.digests) > count and _state(base) == state:
-                    self.cache.write(json.dumps(base.digests).encode(), "digests", __version__, *state)
+            for base, count in kept:
+                if len(base.digests) > count:
+                    self.cache.write(json.dumps(base.digests).encode(), "digests", __version__, base.state)
 
     def _subspace(self, base: Base, name: str, rank: int, accuracy: str) -> Subspace:
         if self.cache is None:
@@ -144,15 +142,3 @@ def _known(content: memoryview | None) -> dict[str, str]:
         isinstance(value, str) for value in cast("dict[str, Any]", found).values()
     )
     return cast("dict[str, str]", found) if is_right else {}
-
-
-def _state(base: Base) -> list[object]:
-    """Return what tells one state of a base's files from another; nothing where it has none."""
-    found: list[object] = []
-    for path in base.files:
-        try:
-            state = path.stat()
-        except OSError:  # reading it will say what is wrong
-            return []
-        found += [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
-    return found

@@ -5,6 +5,7 @@ torch is imported when a tensor is asked for: a header alone is read at once.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -13,10 +14,9 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import FileError
 
@@ -49,6 +49,12 @@ DTYPES = {
 }
 # Only for single numbers, such as an alpha: whole-number weights are quantised and mean something else.
 WHOLE = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+# Bytes of a number of a dtype that is read. The format grows by dtypes now and then: of others the size is not checked.
+BYTES = {name: int("".join(c for c in name.partition("_")[0] if c.isdigit())) // 8 for name in (*DTYPES, *WHOLE)}
+
+# What tells one state of a file from another: its size, when it was written, and when anything of it changed. Windows
+# has no such time, and a number for each file; elsewhere that number is not fixed on every mount.
+State = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +70,17 @@ class Entry:
 class TensorFile:
     """A safetensors file of which only the header is read until a tensor is asked for.
 
-    The library checks the header. The data is read tensor by tensor and not mapped: mapped pages would count
-    as memory of the process, and a file that is cut short meanwhile would end it.
+    The data is read tensor by tensor and not mapped: mapped pages would count as memory of the process, and a file that
+    is cut short meanwhile would end it. Nothing is held open: Windows lets no one replace a file that is open.
 
     Args:
         path: The file.
+
+    Attributes:
+        path: The file.
+        state: What tells its state when it was opened from any other; see `file_state`.
+        metadata: What its header says beside the tensors.
+        entries: Its tensors, in the order of their names.
 
     Raises:
         FileError: The file is missing, empty, truncated, a pickle, or not safetensors.
@@ -76,31 +88,24 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        length = _header_length(self.path)
         try:
-            with self.path.open("rb") as handle:
-                handle.seek(8)
-                header = parse_json(handle.read(length), objects=TENSORS + 2)
-            with safe_open(str(self.path), framework="np"):
-                pass  # the library has now checked the header, and that the data is all there
-        except (SafetensorError, OSError, ValueError) as error:
+            with open_file(self.path) as handle:
+                self.state = file_state(handle.fileno())
+                text, size = _header(self.path, handle, self.state[0])
+                self._check_unchanged(handle)
+        except OSError as error:
+            raise FileError("cannot open a file", f"{self.path}: {error.strerror}", "check the path") from error
+        try:
+            header = parse_json(text.decode(), objects=TENSORS + 2)
+            self.metadata, self.entries = _read_header(self.path, header, size, 8 + len(text))
+        except ValueError as error:
             raise FileError("damaged safetensors file", f"{self.path}: {error}", ADVICE) from error
-        if len(header) > TENSORS + ("__metadata__" in header):
-            raise FileError(f"more than {TENSORS} tensors", f"{self.path} has {len(header)}", ADVICE)
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        entries: dict[str, Entry] = {}
-        for key in sorted(header, key=lambda key: _natural(key[:NAME_CHARACTERS])):
-            begin, end = header[key]["data_offsets"]
-            entry = Entry(tuple(header[key]["shape"]), header[key]["dtype"], 8 + length + begin, end - begin)
-            _check_entry(self.path, key, entry)
-            entries[key] = entry
-        self.entries = entries
 
     def tensor(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor, or its rows `[start, stop)`, in the dtype of the file.
 
         Raises:
-            FileError: The data cannot be read, or is not of a floating dtype.
+            FileError: The data cannot be read, is not of a floating dtype, or the file is no longer what was opened.
         """
         import torch
 
@@ -115,31 +120,72 @@ class TensorFile:
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
         # Read to where torch puts its tensors: products with a vector round by the alignment of the data.
         content = torch.empty((stop - start) * row, dtype=torch.uint8)
+        if not content.numel():
+            return torch.empty(shape, dtype=dtype)
+        self._read(content.numpy().data, entry.offset + start * row)
+        return content.view(dtype).reshape(shape)
+
+    def content(self) -> bytes:
+        """Return all bytes of the file.
+
+        Raises:
+            FileError: They cannot be read, or the file is no longer what was opened.
+        """
+        content = bytearray(self.state[0])
+        self._read(memoryview(content), 0)
+        return bytes(content)
+
+    def _read(self, content: memoryview, place: int) -> None:
         try:
-            with self.path.open("rb") as handle:
-                handle.seek(entry.offset + start * row)
-                count = handle.readinto(content.numpy().data) if content.numel() else 0
+            with open_file(self.path) as handle:
+                self._check_unchanged(handle)
+                handle.seek(place)
+                count = handle.readinto(content)
+                self._check_unchanged(handle)
+            if count != len(content):
+                raise OSError(errno.EIO, "it ends too early")
         except OSError as error:
-            raise FileError("cannot read a tensor", f"{key} in {self.path}: {error.strerror}", ADVICE) from error
-        if count != content.numel():
-            raise FileError("the file was cut short", f"{key} in {self.path}", ADVICE)
-        return content.view(dtype).reshape(shape) if content.numel() else torch.empty(shape, dtype=dtype)
+            got = f"{self.path}: {error.strerror}"
+            raise FileError(
+                "cannot read a file that was opened before", got, "check the disk, then do it again"
+            ) from error
+
+    def _check_unchanged(self, handle: BufferedReader) -> None:
+        """Refuse what another program has written since it was opened: parts of two states are no model."""
+        if file_state(handle.fileno()) != self.state:
+            fix = "do it again when no other program writes to it"
+            raise FileError("the file changed while it was used", str(self.path), fix)
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file to read; what is no ordinary file, such as a pipe, is not waited for.
+
+    Raises:
+        OSError: It cannot be opened, or is no ordinary file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a name with NUL or half of a character
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def file_state(file: int | Path) -> State:
+    """Return what tells the state of a file, by its descriptor or path, from any other.
+
+    Raises:
+        OSError: It is not there.
+    """
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns, found.st_ino if os.name == "nt" else found.st_ctime_ns
 
 
 def _natural(key: str) -> list[str | int]:
     """Sort numbers by value: `blocks.2` before `blocks.10`. The order in which the file lists its keys is not fixed."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]
-
-
-def _check_entry(path: Path, key: str, entry: Entry) -> None:
-    """Refuse a tensor that no model has, however small its data."""
-    if len(key) > NAME_CHARACTERS:
-        raise FileError(f"a name of more than {NAME_CHARACTERS} characters", f"{key[:40]}... in {path}", ADVICE)
-    if len(entry.shape) > DIMENSIONS:
-        got = f"{key} in {path} has {len(entry.shape)}"
-        raise FileError(f"a tensor of more than {DIMENSIONS} dimensions", got, ADVICE)
-    if math.prod(max(size, 1) for size in entry.shape) > NUMBERS:
-        raise FileError("a tensor larger than any model", f"{key} {list(entry.shape)} in {path}", ADVICE)
 
 
 def parse_json(text: str | bytes, *, objects: int | None = None) -> Any:
@@ -174,26 +220,19 @@ def read_json(path: Path) -> Any:
     """Return what a JSON file says.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is no ordinary file, larger than HEADER_BYTES, or no JSON.
+        OSError: It cannot be read, or is no ordinary file.
+        ValueError: It is larger than HEADER_BYTES, or no JSON.
     """
-    state = path.stat()
-    if not stat.S_ISREG(state.st_mode) or state.st_size > HEADER_BYTES:
-        raise ValueError("no ordinary file, or too large")
-    return parse_json(path.read_text(encoding="utf-8"))
+    with open_file(path) as handle:
+        content = handle.read(HEADER_BYTES + 1)
+    if len(content) > HEADER_BYTES:
+        raise ValueError("too large")
+    return parse_json(content.decode())
 
 
-def _header_length(path: Path) -> int:
-    """Return the length of the header, after refusing what is plainly no safetensors file."""
-    try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):  # to open a pipe is to wait
-            raise FileError("not a file", str(path), "give a safetensors file")
-        size = state.st_size
-        with path.open("rb") as handle:
-            start, opening = handle.read(8), handle.read(1)
-    except OSError as error:
-        raise FileError("cannot open a file", f"{path}: {error.strerror}", "check the path") from error
+def _header(path: Path, handle: BufferedReader, size: int) -> tuple[bytes, int]:
+    """Return the text of the header and the size of the data, after refusing what is plainly no safetensors file."""
+    start, opening = handle.read(8), handle.read(1)
     if start.startswith(PICKLE_STARTS) and opening != b"{":  # a header of 640 bytes starts as a pickle does
         raise FileError("pickle files are never read, they can run code", str(path), "convert it to safetensors first")
     length = int.from_bytes(start, "little")
@@ -203,16 +242,76 @@ def _header_length(path: Path) -> int:
         raise FileError("truncated, or not a safetensors file", f"{path}: header of {length} in {size} bytes", ADVICE)
     if length > HEADER_BYTES:
         raise FileError("the header is too large", f"{path}: {length} of at most {HEADER_BYTES} bytes", ADVICE)
-    return length
+    handle.seek(8)
+    return handle.read(length), size - 8 - length
+
+
+def _read_header(path: Path, header: Any, size: int, start: int) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Return the metadata and the tensors of a header, checked as the library does when it maps a file.
+
+    Args:
+        path: The file.
+        header: What the header says.
+        size: How many bytes of data there are.
+        start: Where they begin.
+
+    Raises:
+        ValueError: It is no header, or the tensors do not fill the data one after the other.
+        FileError: It is beyond the limits.
+    """
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    found = cast("dict[str, Any]", header)
+    metadata: Any = found.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("metadata that is no text")
+    if len(found) > TENSORS:
+        raise FileError(f"more than {TENSORS} tensors", f"{path} has {len(found)}", ADVICE)
+    for text in (*found, *metadata, *metadata.values()):
+        text.encode()  # refuses half of a character
+    names = sorted(found, key=lambda key: _natural(key[:NAME_CHARACTERS]))
+    entries = {key: _entry(path, key, found[key], start) for key in names}
+    place = start
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != place:
+            raise ValueError(f"the data of {key[:NAME_CHARACTERS]} does not begin where the last ended")
+        place += entry.nbytes
+    if place != start + size:
+        raise ValueError(f"{size} bytes of data where the header tells of {place - start}")
+    return metadata, entries
+
+
+def _entry(path: Path, key: str, stored: Any, start: int) -> Entry:
+    if len(key) > NAME_CHARACTERS:
+        raise FileError(f"a name of more than {NAME_CHARACTERS} characters", f"{key[:40]}... in {path}", ADVICE)
+    try:
+        shape, dtype, (begin, end) = stored["shape"], stored["dtype"], stored["data_offsets"]
+        numbers = all(type(number) is int and 0 <= number < 2**64 for number in (*shape, begin, end))
+        if not numbers or not isinstance(shape, list) or not isinstance(dtype, str):
+            raise ValueError
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"no shape, dtype or place of {key}") from error
+    if len(shape) > DIMENSIONS:
+        got = f"{key} in {path} has {len(shape)}"
+        raise FileError(f"a tensor of more than {DIMENSIONS} dimensions", got, ADVICE)
+    if math.prod(max(size, 1) for size in shape) > NUMBERS:
+        raise FileError("a tensor larger than any model", f"{key} {shape} in {path}", ADVICE)
+    if begin > end or math.prod(shape) * BYTES.get(dtype, 0) != (end - begin if dtype in BYTES else 0):
+        raise ValueError(f"{key} has {end - begin} bytes for {shape} of {dtype}")
+    return Entry(tuple(shape), dtype, start + begin, end - begin)
 
 
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file, in hex; empty where it cannot be read."""
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        with open_file(path) as handle:
+            while part := handle.read(2**20):
+                digest.update(part)
     except OSError:
         return ""
+    return digest.hexdigest()
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
