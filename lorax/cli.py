@@ -182,7 +182,7 @@ def transfer(
     device: DeviceOption = Device.auto,
     fast: FastOption = False,
     cache: CacheOption = True,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail if any layer gets no update.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail unless every layer of the file arrives.")] = False,
 ) -> None:
     """Move an adapter from its source base to a target base."""
     from .adapters import load_adapter, save_adapter

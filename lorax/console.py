@@ -43,17 +43,18 @@ def print_similarity(result: "Similarity") -> None:
 
 def print_report(report: "TransferReport") -> None:
     """Print what a transfer did, by kind of layer, and what to know and do."""
-    from .report import ARRIVED, Outcome
+    from .report import Outcome
 
     table = Table("kind of layer", "layers", "arrived", "similarity", "energy kept", box=None)
     kinds: dict[str, list[Any]] = {}
+    missing = {row.source for row in report.missing}
     for row in report.rows:
         layer = Layer(row.source, ())
         kinds.setdefault(f"{layer.component}:{layer.kind}", []).append(row)
     for kind, rows in kinds.items():
-        arrived = sum(row.outcome in ARRIVED for row in rows)
+        layers = {row.source for row in rows}
         similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])
-        table.add_row(escape(printable(kind)), str(len(rows)), str(arrived), similar, kept)
+        table.add_row(escape(printable(kind)), str(len(layers)), str(len(layers - missing)), similar, kept)
     say.print(table)
     for line in report.assignment.summary:
         say.print(line, markup=False)

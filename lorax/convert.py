@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from .adapters import Adapter, AdapterLayer, LoraLayer, LoraXLayer, VectorLayer, expand
 from .base import Base
@@ -50,7 +51,7 @@ def convert_to_lora(
             own.check_finite()
         layers[name] = own
         progress(done, len(adapter.layers), name)
-    return Adapter(adapter.name, adapter.family, adapter.naming, layers, adapter.unused, adapter.metadata)
+    return replace(adapter, layers=layers, spellings={})
 
 
 def convert_to_lora_x(
@@ -81,11 +82,11 @@ def convert_to_lora_x(
     adapter = adapter.resolved(source)
     layers: dict[str, AdapterLayer] = {}
     shares: dict[str, float] = {}
-    unused = dict(adapter.unused)
+    left: dict[str, str] = {}
     for done, (name, own) in enumerate(adapter.layers.items(), 1):
         layer = source.layers.get(name)
         if layer is None or (own.layer.shape and own.layer.matrix_shape != layer.matrix_shape):
-            unused[name] = "the source base has no such layer" if layer is None else "the source layer has another size"
+            left[name] = "the source base has no such layer" if layer is None else "the source layer has another size"
             continue
         B, A = expand(own, source, engine)
         space = engine.triplets(source, name, rank or RANK)
@@ -98,4 +99,6 @@ def convert_to_lora_x(
     if not layers:
         got = f"{adapter.name} and {source.name} ({source.family.label})"
         raise MismatchError("the adapter does not belong to the source base", got, "give the base that it was made for")
-    return Adapter(adapter.name, source.family, adapter.naming, layers, unused, adapter.metadata), shares
+    unused, unread = {**adapter.unused, **left}, {**adapter.unread, **left}
+    family = source.family
+    return replace(adapter, family=family, layers=layers, unused=unused, spellings={}, unread=unread), shares

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -14,6 +13,8 @@ SCHEMA_VERSION = 1
 # Below this share of the update's norm the user sees little of the adapter. The ICLR 2025 paper (table 2) loses 10 to
 # 28 % of its score with updates that keep about a quarter; one half is where we start to warn.
 WEAK = 0.5
+# Half precision rounds the norm of an update by no more than this.
+ROUNDING = 1e-3
 # Beyond this, what is left of an update is no longer the same update, only louder (users go to 4.5 in public threads).
 MOST_STRENGTH = 4.0
 
@@ -28,6 +29,7 @@ class Outcome(StrEnum):
     NO_TARGET_LAYER = "not in target"
     SHAPE_MISMATCH = "shape mismatch"
     TWICE = "place taken"
+    UNREAD = "not readable"
 
 
 ARRIVED = (Outcome.TRANSFERRED, Outcome.KEPT)
@@ -52,8 +54,8 @@ class Row:
         rank: The rank of the subspaces that were used; 0 where none were.
         left: Similarity of the two layers on the output side; None where it was not computed.
         right: The same on the input side.
-        source_norm: `||delta_weight||_F` before.
-        target_norm: `||delta_weight||_F` after.
+        source_norm: `||delta_weight||_F` before; NaN where it needs a weight that is not there.
+        target_norm: `||delta_weight||_F` after; NaN so.
         note: What else to know, in words.
     """
 
@@ -64,7 +66,7 @@ class Row:
     rank: int = 0
     left: Score | None = None
     right: Score | None = None
-    source_norm: float = 0.0
+    source_norm: float = math.nan
     target_norm: float = 0.0
     note: str = ""
 
@@ -75,7 +77,7 @@ class Row:
 
     @property
     def retained_energy(self) -> float:
-        """`||delta_weight after||_F / ||delta_weight before||_F`; NaN for an update of zero."""
+        """`||delta_weight after||_F / ||delta_weight before||_F`; NaN for an update of zero or of unknown norm."""
         return self.target_norm / self.source_norm if self.source_norm else math.nan
 
     @property
@@ -96,15 +98,20 @@ class Row:
             "right": _score(self.right),
             "corrected": _number(self.corrected),
             "retained_energy": _number(self.retained_energy),
-            "source_norm": self.source_norm,
-            "target_norm": self.target_norm,
+            "source_norm": _number(self.source_norm),
+            "target_norm": _number(self.target_norm),
             "note": self.note,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class TransferReport:
-    """What a transfer did: a row for every layer of the adapter, and what the file held beyond its layers."""
+    """What a transfer did: a row for every layer of the adapter, and what the file held beyond its layers.
+
+    A layer of the file is one that the file has an update for, read or not. A tensor that is no update of a layer, such
+    as a textual-inversion vector, or has no name that is known, is in `unused` only. A layer that feeds several of the
+    target has several rows, and counts once.
+    """
 
     adapter: str
     source: str
@@ -118,67 +125,92 @@ class TransferReport:
 
     @property
     def outcomes(self) -> Counter[Outcome]:
-        """How many layers had each outcome."""
+        """How many rows had each outcome."""
         return Counter(row.outcome for row in self.rows)
 
     @property
+    def layers(self) -> int:
+        """How many layers the file has updates for."""
+        return len({row.source for row in self.rows})
+
+    @property
+    def missing(self) -> list[Row]:
+        """A row for each layer of the file that did not arrive, or not with all of its updates."""
+        arrived = {row.source for row in self.rows if row.outcome in ARRIVED}
+        lost = [row for row in self.rows if row.source not in arrived or row.outcome is Outcome.UNREAD]
+        return list({row.source: row for row in lost}.values())
+
+    @property
     def arrived(self) -> int:
-        """How many layers the result has: transferred or kept unchanged."""
-        return sum(self.outcomes[outcome] for outcome in ARRIVED)
+        """How many layers of the file arrived: transferred or kept unchanged."""
+        return self.layers - len(self.missing)
 
     @property
     def retained_energy(self) -> float:
-        """`||all updates after||_F / ||all updates before||_F`, over every row; what did not arrive counts as lost."""
-        return self._share(row.source_norm for row in self.rows)
+        """`||all updates after||_F / ||all updates before||_F`, over every row; what did not arrive counts as lost.
+
+        Rows of unknown norm are left out; NaN where no other has an update that is not zero.
+        """
+        return self._share([row.source_norm for row in self._known])
 
     @property
-    def suggested_strength(self) -> float:
+    def suggested_strength(self) -> float | None:
         """The strength that gives the update its former norm, less what `orthogonal` left out; at most MOST_STRENGTH.
 
-        It is 1 where all of that arrived, or none.
+        It is 1 where all of that arrived. None where layers are missing: whether more of the others makes up for them
+        was not measured.
         """
         kept = self._kept
+        if self.missing:
+            return None
         return min(1 / kept, MOST_STRENGTH) if 0 < kept < 1 else 1.0
+
+    @property
+    def _known(self) -> list[Row]:
+        return [row for row in self.rows if not math.isnan(row.source_norm)]
 
     @property
     def _kept(self) -> float:
         """As `retained_energy`, of what should arrive."""
-        return self._share(row.wanted_norm for row in self.rows)
+        return self._share([row.wanted_norm for row in self._known])
 
-    def _share(self, norms: Iterable[float]) -> float:
+    def _share(self, norms: list[float]) -> float:
         before = math.hypot(*norms)
-        return math.hypot(*(row.target_norm for row in self.rows)) / before if before else math.nan
+        return math.hypot(*(row.target_norm for row in self._known)) / before if before else math.nan
 
     @property
     def summary(self) -> str:
         """The verdict in words: layers that arrived, norm that was kept, the strength to use and why."""
-        retained = self.retained_energy
+        head, unknown = f"{self.arrived} of {self.layers} layers arrived", len(self.rows) - len(self._known)
+        retained, strength = self.retained_energy, self.suggested_strength
         if not math.isfinite(retained):
-            return f"{self.arrived} of {len(self.rows)} layers arrived; the update is zero"
-        share, strength = f"{retained:.0%}", f"{self.suggested_strength:.2f}"
-        reason = "all of it arrived" if share == "100%" else "what the target does already is left out"
-        if strength != "1.00":
+            return f"{head}; {f'the norm of {unknown} is not known' if unknown else 'the update is zero'}"
+        head += f", {retained:.0%} of the update's norm kept"
+        if unknown:
+            head += f" ({unknown} of unknown norm not counted)"
+        if strength is None:
+            return f"{head}; no strength is suggested, as layers are missing"
+        reason = "all of it arrived"
+        if f"{strength:.2f}" != "1.00":
             reason = "to make up for what was lost"
-        return (
-            f"{self.arrived} of {len(self.rows)} layers arrived, {share} of the update's norm kept; "
-            f"suggested strength {strength} ({reason})"
-        )
+        elif self.retained_energy < self._kept * (1 - ROUNDING):
+            reason = "what the target does already is left out"
+        return f"{head}; suggested strength {strength:.2f} ({reason})"
 
     @property
     def warnings(self) -> list[str]:
         """What the user should know and do, in words; empty when all is well."""
         found: list[str] = []
         if self._kept < WEAK:
+            strength = self.suggested_strength
+            louder = f", or a strength of about {strength:.1f}" if strength else ""
             found.append(
-                f"weak effect: only {self.retained_energy:.0%} of the update's norm arrives; try {self._advice}, "
-                f"or a strength of about {self.suggested_strength:.1f}"
+                f"weak effect: only {self.retained_energy:.0%} of the update's norm arrives; try {self._advice}{louder}"
             )
-        missing = len(self.rows) - self.arrived
-        if missing:
-            reasons = ", ".join(
-                f"{count} {outcome}" for outcome, count in self.outcomes.most_common() if outcome not in ARRIVED
-            )
-            found.append(f"{missing} of {len(self.rows)} layers get no update: {reasons}")
+        if self.missing:
+            outcomes = Counter(row.outcome for row in self.missing)
+            reasons = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+            found.append(f"{len(self.missing)} of {self.layers} layers get no update: {reasons}")
         weakest = sum(row.note == BOTH_RESIZED for row in self.rows)
         if weakest:
             found.append(f"{weakest} layers change both sizes, the weakest kind of transfer: check the pictures")
@@ -191,7 +223,7 @@ class TransferReport:
     def _advice(self) -> str:
         """What to try first, by where most of the update was lost: by whole layers or by the method."""
         lost = {outcome: 0.0 for outcome in Outcome}
-        for row in self.rows:
+        for row in self._known:
             lost[row.outcome] += row.wanted_norm**2 - row.target_norm**2
         most = max(lost, key=lambda outcome: lost[outcome])
         if most is Outcome.BELOW_THRESHOLD:
@@ -210,7 +242,7 @@ class TransferReport:
             "rank": self.rank,
             "threshold": self.threshold,
             "assignment": self.assignment.to_json(),
-            "layers": len(self.rows),
+            "layers": self.layers,
             "arrived": self.arrived,
             "outcomes": {str(outcome): count for outcome, count in self.outcomes.items()},
             "retained_energy": _number(self.retained_energy),

@@ -15,7 +15,7 @@ from .matching import Assignment, match_bases
 from .move import Mover
 from .options import DORA, FORMATS, LORA_RANK, METHODS, RANK, THRESHOLD
 from .progress import Progress, silent
-from .report import ARRIVED, Outcome, Row, TransferReport
+from .report import Outcome, Row, TransferReport
 from .similarity import Score, Similarity, check_rank
 from .version import __version__
 
@@ -60,7 +60,7 @@ def transfer_adapter(
         output_format: `lora`: factors of the rank of the input; `lora-x`: singular values of the target.
         dtype: Of the factors of the result; None takes that of the input. Half precision rounds by 3e-4.
         engine: How and where to compute.
-        strict: Raise if any layer gets no update.
+        strict: Raise unless all layers of the file arrive, those that could not be read too.
         similarity: A comparison of these two bases; its scores are used instead of comparing the layers again.
         progress: Called with (done, total, layer name); an exception that it raises stops the work.
 
@@ -119,6 +119,7 @@ def transfer_adapter(
                 if result is not None:
                     moved[result.layer.name] = result
             progress(done, len(todo), own.layer.name)
+    report.rows.extend(Row(name, "", Outcome.UNREAD, note=why) for name, why in adapter.unread.items())
     _check_arrived(report, strict)
     metadata = {
         **adapter.metadata,
@@ -139,9 +140,9 @@ def _check_arrived(report: TransferReport, strict: bool) -> None:
     if not report.arrived:
         why = ", ".join(f"{count} {outcome}" for outcome, count in report.outcomes.items())
         raise MismatchError("no layer of the adapter can be transferred", why, "check source, target and threshold")
-    if strict and report.arrived < len(report.rows):
-        row = next(row for row in report.rows if row.outcome not in ARRIVED)
-        got = f"{len(report.rows) - report.arrived} of {len(report.rows)}, the first {row.source} ({row.outcome})"
+    if strict and report.missing:
+        row = report.missing[0]
+        got = f"{len(report.missing)} of {report.layers}, the first {row.source} ({row.outcome})"
         raise MismatchError("strict: layers get no update", got, "drop --strict to go on without them")
 
 
@@ -182,7 +183,7 @@ def _kept(
     if component in source.components and not any(e.component == place for e in target.family.text_encoders):
         return []
     name = f"{place}.{own.layer.path}"
-    norm = 0.0 if own.needs_weight else own.norm()
+    norm = math.nan if own.needs_weight else own.norm()
     note = f"{component} is not in both bases"
     row = Row(own.layer.name, name, Outcome.KEPT, source_norm=norm, target_norm=norm, note=note)
     return [(row, replace(own, layer=replace(own.layer, name=name)))]

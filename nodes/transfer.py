@@ -83,7 +83,7 @@ class LoraXTransfer(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What arrived, what did not and why."),
                 io.Float.Output(
                     display_name="suggested_strength",
-                    tooltip="Makes up for what was lost; connect it to Apply if you like.",
+                    tooltip="Makes up for norm that was lost; 1 where layers are missing. Connect it to Apply if you like.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -129,9 +129,8 @@ class LoraXTransfer(io.ComfyNode):
             [report.summary, *report.assignment.summary, *(f"warning: {warning}" for warning in report.warnings)]
         )
         host.show(text, cls.hidden.unique_id)
-        return io.NodeOutput(
-            moved, text, report.suggested_strength, ui={"text": [text], "lorax_report": [report.to_json()]}
-        )
+        strength = report.suggested_strength or 1.0
+        return io.NodeOutput(moved, text, strength, ui={"text": [text], "lorax_report": [report.to_json()]})
 
 
 class LoraXApply(io.ComfyNode):

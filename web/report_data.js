@@ -13,8 +13,10 @@ export const SIGNS = {
   "not in target": "○",
   "shape mismatch": "▲",
   "place taken": "■",
+  "not readable": "▽",
 };
 const ARRIVED = ["transferred", "kept unchanged"];
+const UNREAD = "not readable";
 const PACKED = "lorax-transfer-packed";
 const UNUSED = 20;
 
@@ -42,8 +44,12 @@ export function readReport(data) {
       kept: number(row.retained_energy ?? null, "rows"),
     };
   });
-  if (plain.layers !== rows.length) throw new Problem("damaged", { what: "rows" });
+  // A layer that feeds several counts once; workflows of before that was so counted its rows.
+  const layers = new Set(rows.map((row) => row.source)).size;
+  if (![layers, rows.length].includes(plain.layers)) throw new Problem("damaged", { what: "rows" });
   if (!rows.length) throw new Problem("no_layers");
+  const through = new Set(rows.filter((row) => row.arrived).map((row) => row.source));
+  for (const row of rows) if (row.outcome === UNREAD) through.delete(row.source);
   return {
     adapter: String(plain.adapter),
     source: String(plain.source),
@@ -55,7 +61,9 @@ export function readReport(data) {
     warnings: list(plain.warnings, "warnings").map(String),
     kept: number(plain.retained_energy, "retained_energy"),
     strength: number(plain.suggested_strength, "suggested_strength"),
-    arrived: rows.filter((row) => row.arrived).length,
+    layers,
+    arrived: through.size,
+    isMeasured: rows.every((row) => row.arrived || !Number.isNaN(row.kept)),
     rows,
     unused: Object.entries(plain.unused ?? {}),
     unusedCount: plain.unused_count ?? Object.keys(plain.unused ?? {}).length,

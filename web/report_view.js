@@ -46,10 +46,11 @@ export function reportView({ onState }) {
   }
 
   function fill() {
-    const { arrived, kept, strength } = report;
-    const count = report.rows.length;
+    const { arrived, kept, strength, layers: count } = report;
     const known = !Number.isNaN(kept);
-    const grade = effect(kept);
+    // Of layers that are missing and whose norm nobody knows, what is lost cannot be said.
+    const grade = report.isMeasured ? effect(kept) : "unknown";
+    const suggested = !Number.isNaN(strength);
     title.replaceChildren(make("b", {}, report.adapter), `: ${report.source} → ${report.target}`);
     title.title = title.textContent;
     figures.replaceChildren(
@@ -60,14 +61,18 @@ export function reportView({ onState }) {
         known ? Math.min(kept, 1) : 0,
         `lorax-${grade}`,
       ),
-      figure(strength.toFixed(2), say("strength"), Math.min(strength / 4, 1)),
+      figure(
+        suggested ? strength.toFixed(2) : "–",
+        say(suggested ? "strength" : "no_strength"),
+        suggested ? Math.min(strength / 4, 1) : 0,
+      ),
     );
     const [key] = report.unused[0] ?? [];
     const unused = report.unusedCount ? [say("unused", { count: report.unusedCount, key })] : [];
     const words = report.warnings.filter((warning) => !/tensors of the file are not used/.test(warning));
     warnings.replaceChildren(...[...words, ...unused].map((warning) => make("li", {}, warning)));
     warnings.hidden = !warnings.children.length;
-    chips.replaceChildren(chip("", count), ...outcomes(report.rows).map(([outcome, n]) => chip(outcome, n)));
+    chips.replaceChildren(chip("", report.rows.length), ...outcomes(report.rows).map(([outcome, n]) => chip(outcome, n)));
     list();
   }
 

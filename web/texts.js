@@ -54,6 +54,7 @@ export const ENGLISH = {
   arrived: "layers arrived",
   norm_kept: "of the norm kept",
   strength: "suggested strength",
+  no_strength: "no suggestion: layers are missing",
   outcome: "outcome",
   copy: "Copy as text",
   copied: "Copied",
@@ -62,6 +63,7 @@ export const ENGLISH = {
   fair: "noticeable effect",
   weak: "weak effect",
   nothing: "no effect",
+  unknown: "of the layers whose norm is known",
   unused: "{count} tensors of the file are not used, the first {key}",
   method_rank: "{method}, rank {rank}",
   step_loss: "step {step} of {total}: loss {loss}",
@@ -73,6 +75,7 @@ export const ENGLISH = {
   "not in target": "not in target",
   "shape mismatch": "shape mismatch",
   "place taken": "place taken",
+  "not readable": "not readable",
 };
 
 let texts = ENGLISH;

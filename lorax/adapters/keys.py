@@ -146,6 +146,12 @@ def why_unknown(key: str) -> str:
     return next((why for pattern, why in REASONS if re.search(pattern, key)), "not a part of any update that is known")
 
 
+def unread_module(key: str) -> str:
+    """Return the module of an update of a kind that is not read; empty where the tensor is no update of a layer."""
+    found = next((found for pattern, _ in REASONS if (found := re.search(pattern, key))), None)
+    return key[: found.start()] if found else ""
+
+
 def indexed_layers(family: Family, component: str) -> list[Layer]:
     """Return the layers in the order by which the indexed format (`unet:<i>:up`) counts them.
 

@@ -17,7 +17,7 @@ from ..linalg import all_finite
 from ..tensorfile import TensorFile, parse_json
 from .config import PeftConfig, read_configs
 from .diff import VectorLayer
-from .keys import EMBEDDING, VECTOR_ROLES, parse, why_unknown
+from .keys import EMBEDDING, VECTOR_ROLES, parse, unread_module, why_unknown
 from .kinds import kind_of
 from .layer import AdapterLayer, Shape
 from .lokr import LokrLayer
@@ -43,7 +43,7 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
 
     Returns:
         The adapter, its tensors in the dtype of the file. What it holds beyond known updates, and every update that is
-        broken, is in `unused` with the reason.
+        broken, is in `unused` with the reason; the layers that lack an update for it are in `unread`.
 
     Raises:
         FileError: The file is missing or damaged.
@@ -74,7 +74,13 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
     if not layers:
         got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}"
         raise reading.first or FormatError("no LoRA and no other adapter in the file", got, "give an adapter file")
-    return Adapter(file.path.name, family, naming, layers, unused, file.metadata, reading.spellings)
+    unread = {module: why for key, why in unused.items() if (module := unread_module(key))}
+    for module, keys in modules.items():
+        for role in [role for role, key in keys.items() if role != "alpha" and key in unused]:
+            parameter = f".{VECTOR_ROLES[role]}" if role in VECTOR_ROLES else ""
+            names = (layer.name for layer in places(module, (), base, family, naming))
+            unread |= dict.fromkeys((f"{name}{parameter}" for name in names), unused[keys[role]])
+    return Adapter(file.path.name, family, naming, layers, unused, file.metadata, reading.spellings, unread)
 
 
 def _group(file: TensorFile) -> tuple[dict[Module, Keys], dict[Module, str], dict[str, str]]:

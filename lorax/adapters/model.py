@@ -32,6 +32,8 @@ class Adapter:
         unused: What else was in the file, key -> why it is not used.
         metadata: The file's own metadata.
         spellings: Module path of each layer as the file spells it, by layer name.
+        unread: Layers (as the file spells them where they are not known) with an update in the file that is not used
+            -> why. What is no update of a layer, such as a textual-inversion vector, is in `unused` only.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Adapter:
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     spellings: Mapping[str, str] = field(default_factory=dict[str, str])
+    unread: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def kind(self) -> str:
@@ -76,13 +79,13 @@ class Adapter:
                 "give the base that it was made for (are source and target swapped?)",
             )
         layers: dict[str, AdapterLayer] = {}
-        unused = dict(self.unused)
+        unused, unread = dict(self.unused), dict(self.unread)
         for name, own in self.layers.items():
             for placed in _placed(own, self.spellings.get(name, own.layer.path), base):
                 if placed.layer.name in layers:
-                    unused[name] = f"another layer of the adapter means the same, {placed.layer.name}"
+                    unused[name] = unread[name] = f"another layer of the adapter means the same, {placed.layer.name}"
                 layers.setdefault(placed.layer.name, placed)
-        return replace(self, layers=layers, unused=unused, spellings={})
+        return replace(self, layers=layers, unused=unused, spellings={}, unread=unread)
 
 
 def _placed(own: AdapterLayer, spelling: str, base: Base) -> list[AdapterLayer]:

@@ -104,7 +104,7 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
         input_hash=given,
         output_hash=written,
         work=key,
-        layers=len(report.rows),
+        layers=report.layers,
         arrived=report.arrived,
         retained=share if share == share else None,
         warnings=report.warnings,

@@ -51,6 +51,23 @@ test("the text has a line for every row and says why", () => {
   expect(lines.at(-1)).toContain("not in target");
 });
 
+test("a layer that feeds several counts once, an update that was not read as a layer that did not arrive", () => {
+  const data = report(["transferred", "transferred", "not readable"]);
+  data.rows[1].source = data.rows[0].source;
+  const before = readReport(data); // as workflows of before have it
+  const found = readReport({ ...data, layers: 2, suggested_strength: null });
+  expect([found.arrived, found.layers, found.strength, found.isMeasured]).toEqual([1, 2, NaN, true]);
+  expect(before.arrived).toBe(1);
+  data.rows[2].source = data.rows[0].source;
+  expect(readReport(data).arrived).toBe(0);
+});
+
+test("what is lost with layers of unknown norm cannot be said", () => {
+  const data = report(["transferred", "not readable"]);
+  data.rows[1].retained_energy = null;
+  expect(readReport(data).isMeasured).toBe(false);
+});
+
 test("outcomes are counted in a fixed order", () => {
   const rows = readReport(report(["not in target", "transferred", "not in target"])).rows;
   expect(outcomes(rows)).toEqual([
