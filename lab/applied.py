@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorax import Adapter, Base
 from lorax.adapters import expand
-from lorax.base import module_path
+from lorax.base import module_place
 
 Deltas = Mapping[str, Tensor]
 
@@ -17,7 +17,7 @@ Deltas = Mapping[str, Tensor]
 def changed(model: nn.Module, deltas: Deltas, base: Base) -> Iterator[nn.Module]:
     """Add updates to the weights, for as long as the `with` lasts."""
     modules = dict(model.named_modules())
-    weights = {name: modules[module_path(base.layers[name], modules)].weight for name in deltas}
+    weights = {name: modules[module_place(base.layers[name], modules)[0]].weight for name in deltas}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     with torch.no_grad():
         for name, weight in weights.items():

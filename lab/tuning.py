@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorax import Adapter, load_adapter
 from lorax.adapters import FouraLayer
-from lorax.base import module_base, module_path
+from lorax.base import module_base, module_place
 from lorax.layers import Layer
 from lorax.train import attach, train
 
@@ -89,7 +89,7 @@ class Foura(nn.Module):
             self.down.append(torch.randn(rank, n) / n**0.5)
             self.up.append(torch.zeros(m, rank))
             self.gate.append(torch.ones(rank))
-            modules[module_path(layer, modules)].register_forward_hook(self._adding(place))
+            modules[module_place(layer, modules)[0]].register_forward_hook(self._adding(place))
 
     def _adding(self, place: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import FileError, FormatError, NumericsError
+from .basefiles import ADAPTER_KEY, Stored, Tensors, open_components
+from .errors import FormatError, NumericsError
 from .families import UNKNOWN, Family, Shapes, families, recognise
-from .layers import MAIN, Layer, LayerTable
-from .tensorfile import ADVICE, TensorFile
+from .layers import MAIN, Layer, LayerTable, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 
 # Where the model that denoises lies in a file: in checkpoints, in ComfyUI's own saves, in the original repositories.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.", "")
-# Keys that only adapters have, among those that end like a weight of a base.
-ADAPTER_KEY = re.compile(r"[._]lora[._]|\.(hada|lokr|oft|foura)_|\.dora_scale$|\.[ab][12]\.weight$|^\w+:\d+:(up|down)$")
-# What a tensor-wise scaled fp8 weight has beside it: ComfyUI's two spellings.
-SCALES = ("scale_weight", "weight_scale")
 SAMPLED_LAYERS = 8
-Rows = tuple[int, int]
-OPENCLIP = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+# A linear layer of a text encoder as transformers spells it (5 leaves `text_model.` out of a CLIP), or OpenCLIP.
+TEXT_LAYER = re.compile(
+    r"(?:text_model\.)?(encoder\.layers\..+)\.weight|(encoder\.block\..+)\.weight|transformer\.resblocks\.(\d+)\.(.+)"
+)
+OPENCLIP = {
+    "attn.out_proj.weight": "self_attn.out_proj",
+    "mlp.c_fc.weight": "mlp.fc1",
+    "mlp.c_proj.weight": "mlp.fc2",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,82 +141,55 @@ class Base:
         return self.family.variant(self.layers.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a layer's weight lies: a key of a file, and the rows of it where several layers are fused."""
-
-    file: TensorFile
-    key: str
-    rows: Rows | None = None
-
-    def read(self) -> Tensor:
-        weight = self.file.tensor(self.key, self.rows)
-        for scale in SCALES:
-            beside = f"{self.key.removesuffix('weight')}{scale}"
-            if beside in self.file.entries:
-                factor = self.file.tensor(beside).float()
-                sizes = zip(reversed(factor.shape), reversed(weight.shape), strict=False)
-                if factor.dim() > weight.dim() or any(ours not in (1, its) for ours, its in sizes):
-                    got = f"{beside} {list(factor.shape)} beside {list(weight.shape)} in {self.file.path}"
-                    raise FileError("a scale that does not fit its weight", got, ADVICE)
-                return weight.float() * factor
-        return weight
-
-
 def open_base(path: str | os.PathLike[str]) -> Base:
     """Open a base model without reading its weights.
 
     Args:
-        path: A single-file checkpoint, the file of a U-Net or a diffusion transformer in its original or in diffusers'
-            naming, or the folder of a diffusers pipeline.
+        path: A single-file checkpoint; the file, a shard or the folder of a U-Net or a diffusion transformer in its
+            original or in diffusers' naming; or the folder of a diffusers pipeline.
 
     Returns:
         The base, with the text encoders that the file or folder holds. A model of no known family has its layers by
         their own names.
 
     Raises:
-        FileError: A file is missing or damaged.
-        FormatError: There is no model in it.
+        FileError: A file or a shard is missing or damaged, or is of a kind that is never read.
+        FormatError: There is no model in it, or several.
     """
     path = Path(path)
-    parts = (
-        _folder(path)
-        if os.path.isdir(path)
-        else {"": {key: file for file in [TensorFile(path)] for key in file.entries}}
-    )
-    main = next((parts[part] for part in (*MAIN, "") if part in parts), None)
-    if main is None:
-        fix = "give a diffusers folder with unet/ or transformer/ in it, or a file"
-        raise FormatError("the folder holds no U-Net and no transformer", str(path), fix)
+    parts = open_components(path)
+    main = next(parts[part] for part in (*MAIN, "") if part in parts)
     family, prefix, shapes = _recognise(main, str(path))
     found = family.layers(shapes)
-    naming = "original" if any(layer.original in shapes for layer in found) else "diffusers"
     spellings = family.spellings(found)
     if family is UNKNOWN:
         spellings |= {prefix + layer.path: [layer.name] for layer in found}
-    places: dict[str, _Place] = {}
+    places: dict[str, Stored] = {}
     for layer in found:
-        key = prefix + (layer.original if naming == "original" and layer.original else layer.path) + ".weight"
-        places[layer.name] = _Place(main[key], key, layer.rows if naming == "original" else None)
+        module, rows = module_place(layer, shapes)
+        places[layer.name] = replace(main[f"{prefix}{module}.weight"], rows=rows)
     layers = [*found]
     for encoder in family.text_encoders:
-        files, starts = (main, encoder.checkpoint) if "" in parts else (parts.get(encoder.component, {}), ("",))
-        for layer, place in _text_layers(encoder.component, files, starts):
+        tensors, starts = (main, encoder.checkpoint) if "" in parts else (parts.get(encoder.component, {}), ("",))
+        for layer, place in _text_layers(encoder.component, tensors, starts):
             layers.append(layer)
             places[layer.name] = place
-    opened = list({id(file): file for part in parts.values() for file in part.values()}.values())
-    entries = [file.entries[key] for files in parts.values() for key, file in files.items()]
+    stored = [tensor for tensors in parts.values() for tensor in tensors.values()]
+    opened = [
+        file for part in parts.values() for _, file in sorted({t.file.path: t.file for t in part.values()}.items())
+    ]
+    is_original = all(module_place(layer, shapes)[0] == layer.original for layer in found)
     return Base(
-        name=path.name,
+        name=Path(os.path.abspath(path)).name,
         family=family,
         layers=LayerTable(layers, spellings),
         read=lambda layer: places[layer.name].read(),
         vectors=LayerTable(family.vectors(_sizes(main, prefix), found)),
         files=[file.path for file in opened],
         state=tuple((os.path.realpath(file.path), *file.state) for file in opened),
-        naming=naming,
-        dtypes=Counter(entry.dtype for entry in entries),
-        parameters=sum(math.prod(entry.shape) for entry in entries),
+        naming="original" if is_original else "diffusers",
+        dtypes=Counter(tensor.entry.dtype for tensor in stored),
+        parameters=sum(math.prod(tensor.entry.shape) for tensor in stored),
     )
 
 
@@ -262,30 +238,33 @@ def module_base(model: Module, name: str = "model") -> Base:
     modules = dict(model.named_modules())
 
     def read(layer: Layer) -> Tensor:
-        weight = modules[module_path(layer, modules)].get_parameter("weight").detach()
-        return weight if layer.rows is None else weight[slice(*layer.rows)]
+        module, rows = module_place(layer, modules)
+        weight = modules[module].get_parameter("weight").detach()
+        return weight if rows is None else weight[slice(*rows)]
 
     return loaded_base(name, {key: tuple(value.shape) for key, value in model.named_parameters()}, {}, read)
 
 
-def module_path(layer: Layer, modules: Container[str]) -> str:
-    """Return the path, in a model with these modules, of the module whose weight a layer is (or is a part of)."""
-    return layer.original if layer.original in modules else layer.path
+def module_place(layer: Layer, modules: Container[str]) -> tuple[str, Rows | None]:
+    """Return where a layer lies in a model with these modules: the module's path, and the rows where it is a part."""
+    return (layer.original, layer.rows) if layer.original in modules else (layer.path, None)
 
 
-def _recognise(files: Mapping[str, TensorFile], name: str) -> tuple[Family, str, dict[str, tuple[int, ...]]]:
+def _recognise(tensors: Tensors, name: str) -> tuple[Family, str, dict[str, tuple[int, ...]]]:
     """Return the family, the prefix of its keys, and the shape of each module's weight."""
-    if any(ADAPTER_KEY.search(key) for key in files):
+    if any(ADAPTER_KEY.search(key) for key in tensors):
         raise FormatError("an adapter where a base model is wanted", name, "give a checkpoint")
-    found = {prefix: shapes for prefix in PREFIXES if (shapes := _module_shapes(files, prefix))}
-    for prefix, shapes in found.items():
-        if family := recognise(shapes):
-            return family, prefix, shapes
-    prefix = next((prefix for prefix in found if prefix in (*PREFIXES[:2], "")), "")
-    prefix += _wrapper(found.get(prefix, {}))
-    shapes = _module_shapes(files, prefix)
+    prefixes: list[str] = []
+    for prefix in PREFIXES:
+        if shapes := _module_shapes(tensors, prefix):
+            prefixes.append(prefix + _wrapper(shapes))
+            shapes = _module_shapes(tensors, prefixes[-1])
+            if family := recognise(shapes):
+                return family, prefixes[-1], shapes
+    prefix = next((prefix for prefix in prefixes if prefix.startswith(PREFIXES[:2])), (prefixes or [""])[-1])
+    shapes = _module_shapes(tensors, prefix)
     if not any(layer.block for layer in UNKNOWN.layers(shapes)):
-        got = f"{name} with keys such as {', '.join(list(files)[:2]) or '(none)'}"
+        got = f"{name} with keys such as {', '.join(list(tensors)[:2]) or '(none)'}"
         known = ", ".join(family.label for family in families().values())
         raise FormatError("no diffusion model in the file", got, f"give a checkpoint of one of: {known}")
     return UNKNOWN, prefix, shapes
@@ -320,54 +299,40 @@ def _spelled(
     return cut, {path: [place[target]] for path, target in spellings.items() if target in place}
 
 
-def _folder(path: Path) -> dict[str, dict[str, TensorFile]]:
-    """Return for each component of a diffusers pipeline its keys and the file that holds each."""
-    parts: dict[str, dict[str, TensorFile]] = {}
-    for component in (*MAIN, "text_encoder", "text_encoder_2", "text_encoder_3"):
-        shards: dict[str, list[Path]] = {}
-        for file in sorted((path / component).glob("*.safetensors")):
-            shards.setdefault(re.sub(r"-\d+-of-\d+", "", file.name), []).append(file)
-        # A folder often holds the same weights in full and in half precision; the full ones have the shorter name.
-        if shards:
-            files = map(TensorFile, shards[min(shards, key=len)])
-            parts[component] = {key: file for file in files for key in file.entries}
-    return parts
-
-
-def _module_shapes(files: Mapping[str, TensorFile], prefix: str) -> dict[str, tuple[int, ...]]:
+def _module_shapes(tensors: Tensors, prefix: str) -> dict[str, tuple[int, ...]]:
     return {
-        key.removeprefix(prefix).removesuffix(".weight"): file.entries[key].shape
-        for key, file in files.items()
+        key.removeprefix(prefix).removesuffix(".weight"): tensor.entry.shape
+        for key, tensor in tensors.items()
         if key.startswith(prefix) and key.endswith(".weight")
     }
 
 
-def _sizes(files: Mapping[str, TensorFile], prefix: str) -> dict[str, int]:
+def _sizes(tensors: Tensors, prefix: str) -> dict[str, int]:
     return {
-        key.removeprefix(prefix): file.entries[key].shape[0]
-        for key, file in files.items()
-        if key.startswith(prefix) and len(file.entries[key].shape) == 1
+        key.removeprefix(prefix): tensor.entry.shape[0]
+        for key, tensor in tensors.items()
+        if key.startswith(prefix) and len(tensor.entry.shape) == 1
     }
 
 
-def _text_layers(
-    component: str, files: Mapping[str, TensorFile], prefixes: Iterable[str]
-) -> Iterable[tuple[Layer, _Place]]:
-    for key, file in files.items():
+def _text_layers(component: str, tensors: Tensors, prefixes: Iterable[str]) -> Iterable[tuple[Layer, Stored]]:
+    """Yield the linear layers of a text encoder by their Hugging Face names, and where each lies."""
+    for key, tensor in tensors.items():
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
-        shape = file.entries[key].shape
-        if prefix is None or len(shape) != 2:
+        shape = tensor.entry.shape
+        found = TEXT_LAYER.fullmatch(key.removeprefix(prefix)) if prefix is not None and len(shape) == 2 else None
+        if found is None:
             continue
-        module = key.removeprefix(prefix)
-        if module.startswith(("text_model.encoder.layers.", "encoder.block.")) and module.endswith(".weight"):
-            yield Layer(f"{component}.{module.removesuffix('.weight')}", shape), _Place(file, key)
-        elif module.startswith("transformer.resblocks."):
-            number, _, part = module.removeprefix("transformer.resblocks.").partition(".")
-            layer = f"{component}.text_model.encoder.layers.{number}"
-            if part == "attn.in_proj_weight":
-                width = shape[1]
-                for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                    rows = (i * width, (i + 1) * width)
-                    yield Layer(f"{layer}.self_attn.{name}", (width, width)), _Place(file, key, rows)
-            elif part.removesuffix(".weight") in OPENCLIP:
-                yield Layer(f"{layer}.{OPENCLIP[part.removesuffix('.weight')]}", shape), _Place(file, key)
+        clip, t5, block, part = found.groups()
+        if clip:
+            yield Layer(f"{component}.text_model.{clip}", shape), tensor
+        elif t5:
+            yield Layer(f"{component}.{t5}", shape), tensor
+        elif part == "attn.in_proj_weight":
+            width = shape[1]
+            for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                rows = (i * width, (i + 1) * width)
+                layer = Layer(f"{component}.text_model.encoder.layers.{block}.self_attn.{name}", (width, width))
+                yield layer, replace(tensor, rows=rows)
+        elif part in OPENCLIP:
+            yield Layer(f"{component}.text_model.encoder.layers.{block}.{OPENCLIP[part]}", shape), tensor

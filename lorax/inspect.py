@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .base import ADAPTER_KEY, open_base
+from .base import open_base
+from .basefiles import is_adapter
 from .errors import FormatError, LoraxError
 from .tensorfile import TensorFile
 
@@ -32,7 +33,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         NumericsError: An adapter holds NaN or Inf.
     """
     path = Path(path)
-    if os.path.isfile(path) and any(ADAPTER_KEY.search(key) for key in TensorFile(path).entries):
+    if os.path.isfile(path) and is_adapter(TensorFile(path)):
         return _adapter(path)
     try:
         return _base(path)

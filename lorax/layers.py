@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+# The rows `[start, stop)` of a weight.
+Rows = tuple[int, int]
 # What adapter files call the model that denoises, whichever of the two it is.
 MAIN = ("unet", "transformer")
 CONTAINERS = {
@@ -50,7 +52,7 @@ class Layer:
     name: str
     shape: tuple[int, ...]
     original: str = ""
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
 
     @property
     def component(self) -> str:

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# First bytes, in lower case, of what people take for a safetensors file -> what it is, and what to do.
+OTHERS = {
+    b"gguf": ("GGUF files are not read", "give the model in fp32, fp16, bf16 or fp8"),
+    b"version ": ("a pointer of Git LFS, not the file itself", "run git lfs pull"),
+    b"<!doctyp": ("a web page, not the file itself", "download it again, logged in where that is needed"),
+    b"<html": ("a web page, not the file itself", "download it again, logged in where that is needed"),
+}
 ADVICE = "download or export it again"
 # What a file may hold: more is refused before it costs time or memory. The numbers are ours, far above what is in use.
 # The library stops at headers of 100 MB; the largest in use have some MB, of lists of tags and pictures.
@@ -183,7 +190,7 @@ def file_state(file: int | Path) -> State:
     return found.st_size, found.st_mtime_ns, found.st_ino if os.name == "nt" else found.st_ctime_ns
 
 
-def _natural(key: str) -> list[str | int]:
+def natural_order(key: str) -> list[str | int]:
     """Sort numbers by value: `blocks.2` before `blocks.10`. The order in which the file lists its keys is not fixed."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]
 
@@ -235,6 +242,9 @@ def _header(path: Path, handle: BufferedReader, size: int) -> tuple[bytes, int]:
     start, opening = handle.read(8), handle.read(1)
     if start.startswith(PICKLE_STARTS) and opening != b"{":  # a header of 640 bytes starts as a pickle does
         raise FileError("pickle files are never read, they can run code", str(path), "convert it to safetensors first")
+    for other, (what, fix) in OTHERS.items():
+        if start.lower().startswith(other) and opening != b"{":
+            raise FileError(what, str(path), fix)
     length = int.from_bytes(start, "little")
     if len(start) < 8:
         raise FileError("not a safetensors file", f"{path} has {size} bytes", ADVICE)
@@ -270,7 +280,7 @@ def _read_header(path: Path, header: Any, size: int, start: int) -> tuple[dict[s
         raise FileError(f"more than {TENSORS} tensors", f"{path} has {len(found)}", ADVICE)
     for text in (*found, *metadata, *metadata.values()):
         text.encode()  # refuses half of a character
-    names = sorted(found, key=lambda key: _natural(key[:NAME_CHARACTERS]))
+    names = sorted(found, key=lambda key: natural_order(key[:NAME_CHARACTERS]))
     entries = {key: _entry(path, key, found[key], start) for key in names}
     place = start
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):

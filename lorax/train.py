@@ -25,11 +25,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import AdamW, Optimizer
 
 from .adapters import Adapter, LoraXLayer
-from .base import Base, module_base, module_path
+from .base import Base, module_base, module_place
 from .checkpoint import Checkpoint, random_state, seed_all, set_random_state
 from .engine import Engine
 from .errors import MismatchError, NumericsError, OptionError
-from .layers import Layer
+from .layers import Layer, Rows
 from .linalg import Subspace
 from .options import CLIP_NORM, LEARNING_RATE, RANK
 from .output import check_output
@@ -56,8 +56,7 @@ class LoraXLayers(nn.Module):
             parameter.requires_grad_(False)
         modules = dict(model.named_modules())
         self._hooks = [
-            modules[module_path(layer.layer, modules)].register_forward_hook(layer.add_update, with_kwargs=True)
-            for layer in layers.values()
+            modules[layer.module].register_forward_hook(layer.add_update, with_kwargs=True) for layer in layers.values()
         ]
 
     def adapter(self, name: str = "lora-x") -> Adapter:
@@ -92,9 +91,12 @@ class _Layer(nn.Module):
     U: Tensor
     Vh: Tensor
 
-    def __init__(self, layer: Layer, space: Subspace, delta: Tensor, fingerprint: str) -> None:
+    def __init__(
+        self, layer: Layer, place: tuple[str, Rows | None], space: Subspace, delta: Tensor, fingerprint: str
+    ) -> None:
         super().__init__()
         self.layer, self._fingerprint = layer, fingerprint
+        self.module, self._rows = place
         self.delta = nn.Parameter(delta)
         self.register_buffer("U", space.U, persistent=False)
         self.register_buffer("Vh", space.Vh, persistent=False)
@@ -107,8 +109,8 @@ class _Layer(nn.Module):
         """Add the update to the output of the module (a forward hook)."""
         x: Tensor = args[0] if args else kwargs["input"]
         update = self._convolved(module, x) if isinstance(module, nn.Conv2d) else self._product(x)
-        if self.layer.rows is not None:  # a part of a fused weight
-            start, stop = self.layer.rows
+        if self._rows is not None:  # a part of a fused weight
+            start, stop = self._rows
             width = output.shape[1 if isinstance(module, nn.Conv2d) else -1]
             pad = (0, 0, 0, 0) if isinstance(module, nn.Conv2d) else ()
             update = nn.functional.pad(update, (*pad, start, width - stop))
@@ -165,8 +167,9 @@ def attach(
     made: dict[str, _Layer] = {}
     unused: dict[str, str] = {}
     for done, layer in enumerate(chosen, 1):
-        _check_module(layer, modules.get(module_path(layer, modules)))
-        weight = modules[module_path(layer, modules)].get_parameter("weight")
+        place = module_place(layer, modules)
+        _check_module(layer, modules.get(place[0]))
+        weight = modules[place[0]].get_parameter("weight")
         own = known.get(layer.name)
         where = engine or Engine(str(weight.device))
         space = where.triplets(base, layer.name, own.rank if own is not None else rank or RANK)
@@ -175,7 +178,8 @@ def attach(
             U, Vh = (part.to(weight.device, kept or torch.float32) for part in (space.U, space.Vh))
             delta = torch.zeros(space.rank) if own is None else own.delta
             delta = delta.to(weight.device, torch.float32, copy=True)
-            made[layer.name] = _Layer(layer, Subspace(U, space.S, Vh), delta, base.fingerprint(layer.name))
+            space = Subspace(U, space.S, Vh)
+            made[layer.name] = _Layer(layer, place, space, delta, base.fingerprint(layer.name))
         else:
             unused[layer.name] = "its weight is zero: it has no singular directions"
         progress(done, len(chosen), layer.name)
@@ -204,7 +208,7 @@ def _chosen(
 ) -> list[Layer]:
     if layers is None or callable(layers):
         wanted = layers or _is_attention
-        known = ((layer, modules.get(module_path(layer, modules))) for layer in base.layers.values())
+        known = ((layer, modules.get(module_place(layer, modules)[0])) for layer in base.layers.values())
         chosen = [layer for layer, module in known if module is not None and _is_plain(module) and wanted(layer)]
     else:
         chosen: list[Layer] = []
