@@ -15,6 +15,7 @@ from .layers import Layer
 from .linalg import Subspace, recompress
 from .report import BOTH_RESIZED, Outcome, Row
 from .similarity import Score, pair_scores, score_layers
+from .widened import cut, first_channels, shared_channels, widen
 
 Move = tuple[Row, AdapterLayer | None]
 
@@ -113,6 +114,8 @@ class Mover:
             return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
         if layer_t is None:
             return replace(row, outcome=Outcome.NO_TARGET_LAYER), None
+        if channels := shared_channels(self.source, self.target, layer_s, layer_t):
+            return self._some_channels(own, row, layer_s, layer_t, channels)
         sizes, sizes_t = layer_s.matrix_shape, layer_t.matrix_shape
         method = self.method if self.method != "auto" else _auto(own, same=sizes == sizes_t)
         if sizes != sizes_t and method not in ("align", "index"):
@@ -133,6 +136,26 @@ class Mover:
             result = with_magnitude(result, own.magnitude_on(*weights))
             result.check_finite()
         return replace(row, rank=rank, target_norm=self._norm(result, self.target), note=note), result
+
+    def _some_channels(self, own: AdapterLayer, row: Row, layer_s: Layer, layer_t: Layer, channels: int) -> Move:
+        """Move the update of an input layer as if both models read only the channels that they share."""
+        source, target = (
+            first_channels(base, layer, channels) for base, layer in ((self.source, layer_s), (self.target, layer_t))
+        )
+        dtype = self.dtype or own.computed_dtype
+        shared = replace(self, source=source, target=target, scores={}, lora_x=False, dtype=dtype)
+        moved, result = shared._layer(cut(own, self.source, channels, self.engine), layer_t.name)
+        note = f"the first {channels} input channels, source {layer_s.shape[1]}, target {layer_t.shape[1]}"
+        moved = replace(moved, source_norm=row.source_norm, note="; ".join(filter(None, (note, moved.note))))
+        if result is None:
+            return moved, None
+        result = widen(result, layer_t)
+        if self.lora_x:
+            space = self.engine.triplets(self.target, layer_t.name, self.rank)
+            delta = space.singular_change(*expand(result, self.target, self.engine)).cpu()
+            result = LoraXLayer(layer_t, delta, self.target.fingerprint(layer_t.name))
+            moved = replace(moved, rank=space.rank, target_norm=result.norm())
+        return moved, result
 
     def _scores(self, layer_s: Layer, layer_t: Layer) -> Mapping[tuple[str, str], tuple[Score, Score]]:
         return score_layers(self.source, self.target, [layer_s], [layer_t], engine=self.engine)
