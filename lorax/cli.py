@@ -3,19 +3,18 @@
 import json
 import math
 import os
-import signal
-import sys
+import re
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from .console import bar, plain, png, print_migration, print_report, print_similarity, say, tell
-from .errors import LoraxError, OptionError, OutputError, printable
+from .console import bar, plain, png, print_migration, print_report, print_similarity, say, warn
+from .entry import run
+from .errors import OptionError, OutputError, printable
 from .options import LORA_RANK, RANK, THRESHOLD, Dora, DType, Format, Matching, Method, Naming, Run
 from .version import __version__
 
@@ -96,7 +95,7 @@ def inspect(
 
     facts = describe(file)
     if as_json:
-        say.print(json.dumps(facts, indent=1), markup=False)
+        say.print(json.dumps(facts, indent=1))
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
@@ -104,7 +103,7 @@ def inspect(
             table.add_row(name.replace("_", " "), plain(value))
     say.print(table)
     for key, why in facts.get("unused", {}).items():
-        say.print(f"not used: {printable(key)} ({printable(why)})", markup=False)
+        say.print(f"not used: {printable(key)} ({printable(why)})")
 
 
 @app.command()
@@ -131,7 +130,7 @@ def similarity(
 
     if layers not in ("attention", "all"):
         raise OptionError("unknown choice of layers", layers, "choose attention or all")
-    if rank != "full" and not rank.isdigit():
+    if rank != "full" and not re.fullmatch("[0-9]{1,9}", rank):
         raise OptionError("a rank is a whole number or 'full'", rank, "give for example 320")
     base_s, base_t = open_base(source), open_base(target)
     _check_outputs([json_file, png_file, html_file], base_s, base_t)
@@ -258,7 +257,7 @@ def migrate(
 ) -> None:
     """Move a whole library of adapters; interrupted, it goes on where it was. Status 1 if any adapter failed."""
     from .migration import Options, input_files, output_files, plan_folder, plan_manifest
-    from .migration import migrate as run
+    from .migration import migrate as migrated
     from .output import check_output, write_bytes
 
     options = Options(
@@ -278,7 +277,7 @@ def migrate(
         if os.path.realpath(report_file) in map(os.path.realpath, output_files(tasks, output)):
             raise OutputError("the report is one of the results", str(report_file), "choose another name")
     with bar("migrating") as progress:
-        summary = run(
+        summary = migrated(
             tasks,
             output,
             engine=_engine(device, cache),
@@ -330,12 +329,10 @@ def convert(
             mean = sum(kept) / len(kept) if kept else math.nan
             say.print(f"{len(shares)} layers, {mean:.0%} of the norm kept on average")
             if mean < WEAK:
-                tell.print(
-                    "[yellow]warning[/]: little of an ordinary LoRA is a change of singular values; keep the LoRA too"
-                )
+                warn("little of an ordinary LoRA is a change of singular values; keep the LoRA too")
     save_adapter(result, output, naming=naming.value, dtype=_dtype(dtype))
     for key, why in result.unused.items():
-        say.print(f"not used: {printable(key)} ({printable(why)})", markup=False)
+        say.print(f"not used: {printable(key)} ({printable(why)})")
 
 
 @caches.command()
@@ -349,7 +346,7 @@ def info() -> None:
     for kind, numbers in found.items():
         table.add_row(kind, str(numbers["entries"]), f"{numbers['bytes'] / 1e6:.1f}")
     used = sum(numbers["bytes"] for numbers in found.values())
-    say.print(f"{printable(str(cache.folder))}: {used / 1e9:.2f} of at most {cache.limit / 1e9:.1f} GB", markup=False)
+    say.print(f"{printable(str(cache.folder))}: {used / 1e9:.2f} of at most {cache.limit / 1e9:.1f} GB")
     say.print("LORAX_CACHE names another folder (or off), LORAX_CACHE_GB another limit")
     if found:
         say.print(table)
@@ -405,11 +402,11 @@ def evaluate(
 
     found = asdict(scored(folder, hpsv2=hpsv2, lpips=lpips, dinov2=dinov2, reference=reference, device=_device(device)))
     if as_json:
-        say.print(json.dumps(found, indent=1), markup=False)
+        say.print(json.dumps(found, indent=1))
         return
     for name, value in found.items():
         if value is not None:
-            say.print(f"{name.replace('_', ' '):<16} {value:.4g}", markup=False)
+            say.print(f"{name.replace('_', ' '):<16} {value:.4g}")
 
 
 def _device(device: Device) -> str:
@@ -428,25 +425,6 @@ def _dtype(dtype: DType) -> "torch.dtype | None":
     return None if dtype is DType.keep else getattr(torch, dtype.value)
 
 
-def _interrupted(*_: object) -> None:
-    tell.print("interrupted")
-    raise SystemExit(130)
-
-
 def main() -> None:
-    """Run the command line. Exit status: 0; 1 an error, in one line; 2 wrong usage; 130 interrupted."""
-    signal.signal(signal.SIGINT, _interrupted)
-    try:
-        app()
-    except LoraxError as error:
-        _fail(error)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; the help does without torch
-            raise
-        fix = "close what else uses it, or give --device cpu"
-        _fail(OptionError("the GPU has too little free memory", str(error).partition(".")[0], fix))
-
-
-def _fail(error: LoraxError) -> NoReturn:
-    tell.print(f"[red]error[/]: {escape(str(error))}")
-    sys.exit(1)
+    """Run the command line; see `lorax.entry.run` for its exit status."""
+    run(app)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from .errors import printable
 from .layers import Layer
@@ -21,8 +21,23 @@ if TYPE_CHECKING:
     from .report import TransferReport
     from .similarity import Similarity
 
-say = Console(highlight=False, soft_wrap=True)
-tell = Console(stderr=True, highlight=False, soft_wrap=True)
+# What is printed comes from files: no markup and no emoji is read in it.
+say = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+tell = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Tell what to know."""
+    _tell("warning", "yellow", text)
+
+
+def fail(text: str, what: str = "error") -> None:
+    """Tell what went wrong, in one line."""
+    _tell(what, "red", text)
+
+
+def _tell(what: str, style: str, text: str) -> None:
+    tell.print(Text.assemble((what, style), f": {text}"))
 
 
 def print_similarity(result: "Similarity") -> None:
@@ -37,7 +52,7 @@ def print_similarity(result: "Similarity") -> None:
             [score.corrected for score in scores],
             [score.chance for score in scores],
         ]
-        table.add_row(escape(printable(kind.kind)), str(len(pairs)), *(_mean(values) for values in cells))
+        table.add_row(printable(kind.kind), str(len(pairs)), *(_mean(values) for values in cells))
     say.print(table)
 
 
@@ -54,18 +69,18 @@ def print_report(report: "TransferReport") -> None:
     for kind, rows in kinds.items():
         layers = {row.source for row in rows}
         similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])
-        table.add_row(escape(printable(kind)), str(len(layers)), str(len(layers - missing)), similar, kept)
+        table.add_row(printable(kind), str(len(layers)), str(len(layers - missing)), similar, kept)
     say.print(table)
     for line in report.assignment.summary:
-        say.print(line, markup=False)
+        say.print(line)
     say.print(report.summary)
     for row in report.rows:
         if row.outcome is Outcome.KEPT:
             component = row.source.partition(".")[0]
-            say.print(f"kept unchanged: {component} layers, {printable(row.note)}", markup=False)
+            say.print(f"kept unchanged: {component} layers, {printable(row.note)}")
             break
     for warning in report.warnings:
-        tell.print(f"[yellow]warning[/]: {escape(printable(warning))}")
+        warn(printable(warning))
 
 
 def print_migration(summary: "Summary") -> None:
@@ -75,15 +90,15 @@ def print_migration(summary: "Summary") -> None:
     weak = [record for record in summary.records if record.warnings]
     for record in summary.records:
         if record.status == "failed":
-            tell.print(f"[red]failed[/]: {escape(printable(record.name))}: {escape(record.error)}")
+            fail(f"{printable(record.name)}: {printable(record.error)}", "failed")
     say.print(", ".join(f"{count} {status}" for status, count in counts.items()) + f" of {len(summary.records)}")
     if seconds:
         shares = [sum(part) / max(sum(map(sum, seconds)), 1e-9) for part in zip(*seconds, strict=True)]
         words = zip(("reading", "moving", "writing"), shares, strict=True)
         say.print(", ".join(f"{name} {share:.0%}" for name, share in words) + " of the time")
     if weak:
-        tell.print(f"[yellow]warning[/]: {len(weak)} with a warning, such as {escape(printable(weak[0].name))}:")
-        tell.print(escape(printable(weak[0].warnings[0])))
+        warn(f"{len(weak)} with a warning, such as {printable(weak[0].name)}:")
+        tell.print(printable(weak[0].warnings[0]))
 
 
 def _mean(values: list[float]) -> str:
@@ -99,7 +114,7 @@ def plain(value: Any) -> str:
         value = [f"{key}: {entry}" for key, entry in cast("dict[Any, Any]", value).items()]
     if isinstance(value, list):
         value = ", ".join(map(str, cast("list[Any]", value)))
-    return escape(printable(f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return printable(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
 def png(result: "Similarity | TransferReport") -> bytes:

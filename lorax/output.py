@@ -64,3 +64,21 @@ def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: 
     finally:
         with suppress(OSError):  # what could not be made cannot be removed: the reason is said already
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, however many.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    missing: list[Path] = []
+    while not os.path.isdir(path) and path != path.parent:
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        try:
+            folder.mkdir(exist_ok=True)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise OutputError("cannot make a folder", f"{folder}: {reason}", "choose another place") from error

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from demo.synthetic import base_tensors
 from lorax import Base, cli, open_base
+from lorax.entry import ENDINGS
 from lorax.families import Family, families
 from lorax.unet import UNetConfig
 
@@ -73,12 +74,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*words: object, status: int = 0) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["lorax", *map(str, words)])
-        handler = signal.getsignal(signal.SIGINT)
+        handlers = {number: signal.getsignal(number) for number in ENDINGS}
         try:
             with pytest.raises(SystemExit) as left:
                 cli.main()
         finally:
-            signal.signal(signal.SIGINT, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         printed = capsys.readouterr()
         assert (left.value.code or 0) == status, printed.err
         assert "Traceback" not in printed.err

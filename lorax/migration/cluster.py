@@ -7,7 +7,7 @@ needed, and how the layers are paired. The subspaces then are tasks, whose resul
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def run_ray(
     workers: int | None,
     engine: Engine,
     gpu_share: float,
-) -> Iterator[Record]:
+) -> Generator[Record]:
     """Yield the record of every task as it comes.
 
     Runs on the cluster that `RAY_ADDRESS` names, else on one that is made for the job.

@@ -9,8 +9,9 @@ from pathlib import Path, PurePath
 from typing import Any, cast, get_args
 
 from ..base import open_base
-from ..errors import FormatError, LoraxError, OptionError
+from ..errors import FileError, FormatError, LoraxError, OptionError
 from ..options import DORA, DTYPES, FORMATS, LORA_RANK, MATCHINGS, METHODS, NAMINGS, THRESHOLD
+from .find import find
 
 CHOICES = {
     "method": METHODS,
@@ -65,18 +66,22 @@ class Task:
 def plan_folder(folder: Path, source: Path, target: Path, options: Options, without: Path | None = None) -> list[Task]:
     """Return a task for every safetensors file below a folder, in the order of their names.
 
+    What cannot be looked into has a task too, which will fail: a folder that cannot be read, a link to a folder
+    elsewhere (none is followed).
+
     Args:
-        folder: Where the adapters are; links to folders are not followed.
+        folder: Where the adapters are.
         source: The base that they were made for.
         target: The base that they shall work on.
         options: How they are moved.
         without: A folder (of outputs) whose files are not adapters to move.
 
     Raises:
+        FileError: The folder cannot be read.
         FormatError: There is none.
     """
     apart = {_real(path) for path in (source, target, without) if path}
-    found = _below(folder, "**/*.safetensors", apart)
+    found = _below(folder, "**/*", apart)
     if not found:
         raise FormatError("no adapter to migrate", f"no safetensors file below {folder}", "give another folder")
     return _named([_task(folder, file, source, target, options) for file in found])
@@ -86,28 +91,24 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
     """Return the tasks that a manifest describes: TOML, a list of `[[move]]`.
 
     A move has `adapters`, a file or a pattern below the folder; `source` and `target`, relative to the manifest; and
-    options of a transfer by their names, for those that differ from `options`. No base of any move is an adapter.
+    options of a transfer by their names, for those that differ from `options`. No base of any move is an adapter. What
+    a pattern cannot look into has a task as in `plan_folder`.
 
     Raises:
+        FileError: The folder cannot be read.
         FormatError: It is no manifest, or a pattern finds nothing.
         OptionError: A move has an option that does not exist or is of the wrong type.
     """
-    try:
-        moves: Any = tomllib.loads(manifest.read_text(encoding="utf-8")).get("move")
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError("not a manifest", f"{manifest}: {error}", MANIFEST) from error
-    if not isinstance(moves, list) or not moves:
-        raise FormatError("not a manifest", f"{manifest} has no [[move]]", MANIFEST)
     apart = {_real(without)} if without else set[Path]()
     planned: list[tuple[str, str, Path, Path, Options]] = []
-    for number, move in enumerate(cast("list[Any]", moves), 1):
+    for number, move in enumerate(_moves(manifest), 1):
         place = f"{manifest}, move {number}"
         given: dict[str, Any] = dict(cast("dict[str, Any]", move)) if isinstance(move, dict) else {}
         paths = [given.pop(key, None) for key in ("adapters", "source", "target")]
         if not all(isinstance(path, str) and path for path in paths):
             raise FormatError("not a manifest", f"{place} lacks adapters, source or target", MANIFEST)
         pattern, source, target = str(paths[0]), *(manifest.parent / str(path) for path in paths[1:])
-        if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
+        if PurePath(pattern).anchor or ".." in PurePath(pattern).parts:
             raise FormatError("a pattern leads out of the folder", f"{place}: {pattern}", "give one below the folder")
         try:
             apart |= {_real(source), _real(target)}
@@ -121,9 +122,22 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
         except (ValueError, OSError) as error:
             raise FormatError("a pattern that cannot be a file's", f"{place}: {error}", MANIFEST) from error
         if not found:
-            raise FormatError("a pattern finds no adapter", f"{place}: {pattern} below {folder}", "check the pattern")
+            fix = "check the pattern; in one, [[] stands for ["
+            raise FormatError("a pattern finds no adapter", f"{place}: {pattern} below {folder}", fix)
         tasks += [_task(folder, file, source, target, changed) for file in found]
     return _named(tasks)
+
+
+def _moves(manifest: Path) -> list[Any]:
+    try:
+        if os.path.exists(manifest) and not os.path.isfile(manifest):  # to open a pipe is to wait
+            raise ValueError("no ordinary file")
+        moves: Any = tomllib.loads(manifest.read_text(encoding="utf-8-sig")).get("move")
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError("not a manifest", f"{manifest}: {error}", MANIFEST) from error
+    if not isinstance(moves, list) or not moves:
+        raise FormatError("not a manifest", f"{manifest} has no [[move]]", MANIFEST)
+    return cast("list[Any]", moves)
 
 
 def input_files(tasks: Sequence[Task]) -> list[Path]:
@@ -136,7 +150,7 @@ def _base_files(base: Path) -> list[Path]:
     try:
         return open_base(base).files
     except LoraxError:  # it will be said of each task; what it consists of is not known
-        return [base, *base.rglob("*.safetensors")]
+        return [base, *find(base, "**/*.safetensors")[0]]
 
 
 def check_options(options: Options) -> None:
@@ -162,8 +176,16 @@ def _options(given: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _below(folder: Path, pattern: str, apart: set[Path]) -> list[Path]:
-    """Return the safetensors files that a pattern finds, except what is or lies in one of `apart`, resolved paths."""
-    files = [file for file in folder.glob(pattern) if file.suffix == ".safetensors" and file.is_file()]
+    """Return the safetensors files that a pattern finds, and the folders that it cannot look into.
+
+    Raises:
+        FileError: The folder itself cannot be read.
+        ValueError: The pattern is none.
+    """
+    found, unread = find(folder, pattern)
+    if folder in unread:
+        raise FileError("cannot read the folder of the adapters", str(folder), "check the path and its permissions")
+    files = [file for file in found if file.suffix.lower() == ".safetensors"] + unread
     return sorted(file for file in files if apart.isdisjoint([(real := _real(file)), *real.parents]))
 
 

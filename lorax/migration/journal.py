@@ -8,7 +8,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
+from ..output import make_folder
 from ..tensorfile import parse_json
+from .find import find
 from .work import Record
 
 JOURNAL = "lorax-migration.jsonl"
@@ -29,18 +31,24 @@ class Journal:
             resume: Go on with the migration that is there.
 
         Raises:
-            OutputError: Another process has it, it is there without `resume`, or it cannot be written.
+            OutputError: Another process has it, it is there without `resume`, it is a link or a device, or it cannot be
+                written.
         """
-        self.path = folder / JOURNAL
-        self._lock = FileLock(folder / f".{JOURNAL}.lock", timeout=0)
+        self.path, lock = folder / JOURNAL, folder / f".{JOURNAL}.lock"
+        for path in (self.path, lock):
+            if os.path.lexists(path) and (
+                os.path.islink(path) or not os.path.isfile(path)
+            ):  # to open a pipe is to wait
+                raise OutputError("the journal is a link or no file", str(path), "take it out of the output folder")
+        make_folder(folder)
+        self._lock = FileLock(lock, timeout=0)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             if not resume and self.path.exists() and self.path.stat().st_size:  # empty: no adapter was finished
                 fix = "add --resume to go on with it, or choose another folder"
                 raise OutputError("the output folder holds a migration already", str(folder), fix)
             self.records = self._read()
-            for left in folder.rglob(".*.safetensors.*.part"):  # by a process that was killed
+            for left in find(folder, "**/.*.safetensors.*.part")[0]:  # by a process that was killed
                 left.unlink(missing_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
             if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):

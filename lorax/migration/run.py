@@ -1,8 +1,12 @@
 """Running a migration from its tasks to its summary."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import unicodedata
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from ..engine import CPU, Engine
@@ -86,11 +90,14 @@ def migrate(
     journal = Journal(output, resume=resume)
     try:
         found: dict[str, Record] = {}
-        for record in _records(run, tasks, output, journal, workers, engine, gpu_share):
-            if record.status != "kept":
-                journal.add(record)
-            found[record.output] = record
-            progress(len(found), len(tasks), record.name)
+        twins = {} if _tells_case(output) else _twins(tasks)
+        alone = [task for task in tasks if task.output not in twins]
+        with closing(_records(run, alone, output, journal, workers, engine, gpu_share)) as records:
+            for record in chain(twins.values(), records):
+                if record.status != "kept":
+                    journal.add(record)
+                found[record.output] = record
+                progress(len(found), len(tasks), record.name)
     finally:
         journal.close()
     return Summary([found[task.output] for task in tasks])
@@ -118,6 +125,26 @@ def _place(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def _tells_case(folder: Path) -> bool:
+    """Whether the disk of an output folder, which has its journal, takes `a` and `A` for two names."""
+    path, other = folder / JOURNAL, folder / JOURNAL.upper()
+    return not os.path.exists(other) or not path.samefile(other)
+
+
+def _twins(tasks: Sequence[Task]) -> dict[str, Record]:
+    """Return the records of the tasks whose results would replace those of others on a disk that does not tell case."""
+    first: dict[str, str] = {}
+    twins: dict[str, Record] = {}
+    for task in tasks:
+        # Such a disk takes an accent as a character of its own and in one with its letter for the same, too.
+        other = first.setdefault(unicodedata.normalize("NFC", task.output).lower(), task.output)
+        if other != task.output:
+            got = f"{task.output} and {other}"
+            error = OutputError("two results have one name on this disk", got, "rename one of the adapters")
+            twins[task.output] = Record(task.name, task.output, "failed", str(error))
+    return twins
+
+
 def _records(
     run: str,
     tasks: Sequence[Task],
@@ -126,7 +153,7 @@ def _records(
     workers: int | None,
     engine: Engine,
     gpu_share: float,
-) -> Iterator[Record]:
+) -> Generator[Record]:
     if run == "ray":
         from .cluster import run_ray
 

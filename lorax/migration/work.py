@@ -2,23 +2,29 @@
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from ..adapters import Adapter, load_adapter, save_adapter
 from ..base import Base, open_base
 from ..engine import Engine
-from ..errors import LoraxError, OutputError, printable
+from ..errors import FileError, LoraxError, OutputError, printable
 from ..matching import Assignment
+from ..output import make_folder
 from ..report import TransferReport
 from ..tensorfile import file_hash
 from ..transfer import transfer_adapter
 from ..version import __version__
 from .job import Task
+
+# What PEFT writes beside an adapter; its scale is a part of the update.
+CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,8 @@ class Record:
         error: Why it failed.
         input_hash: SHA-256 of the adapter.
         output_hash: SHA-256 of the result.
-        work: Names all else that decides the result: the bases, the options, the version.
+        work: Names all else that decides the result: the bases, the options, the version, the configuration beside the
+            adapter.
         layers: Layers (norms and biases too) of the adapter.
         arrived: How many of them got to the target.
         retained: Share of the update's norm that is kept.
@@ -79,21 +86,24 @@ def move(
 
 def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, assignment: Assignment | None) -> Record:
     source, target = opened(task.source), opened(task.target)
-    path = _inside(folder, task.output)
+    path, file = _inside(folder, task.output), Path(task.adapter)
+    if os.path.isdir(file):
+        _refuse(file)
     options = task.options
     work = [__version__, source.identity(), target.identity(), asdict(options)]
+    if os.path.lexists(config := file.with_name(CONFIG)):
+        work.append(file_hash(config))
     key = hashlib.sha256(json.dumps(work).encode()).hexdigest()
     start = time.perf_counter()
-    given = file_hash(Path(task.adapter))
-    done = previous is not None and previous.status != "failed" and (previous.input_hash, previous.work) == (given, key)
-    if previous is not None and done and file_hash(path) == previous.output_hash:
+    given = file_hash(file)
+    if previous is not None and _is_done(previous, path, given, key):
         return replace(previous, status="kept")
-    adapter = load_adapter(task.adapter, source)
+    adapter = load_adapter(file, source)
     read = time.perf_counter()
     moved, report = transferred(adapter, task, engine, assignment)
     finished = time.perf_counter()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_adapter(moved, path, naming=options.naming, inputs=[Path(task.adapter)])
+    make_folder(path.parent)
+    save_adapter(moved, path, naming=options.naming, inputs=[file])
     written = file_hash(path)
     times = [round(value, 4) for value in (read - start, finished - read, time.perf_counter() - finished)]
     share = report.retained_energy
@@ -110,6 +120,26 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
         warnings=report.warnings,
         seconds=times,
     )
+
+
+def _is_done(previous: Record, path: Path, given: str, key: str) -> bool:
+    """Whether a result is what an earlier migration made of the same; a hash of nothing names no file."""
+    same = previous.status != "failed" and (previous.input_hash, previous.work) == (given, key)
+    return bool(same and given and previous.output_hash) and file_hash(path) == previous.output_hash
+
+
+def _refuse(folder: Path) -> NoReturn:
+    """Say why the adapters of a folder are not known.
+
+    Raises:
+        FileError: Always.
+    """
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        fix = "change its permissions, then go on with --resume"
+        raise FileError("cannot read a folder", f"{folder}: {error.strerror}", fix) from error
+    raise FileError("links to folders are not followed", str(folder), "migrate the folder that it leads to by itself")
 
 
 def transferred(
