@@ -1,11 +1,12 @@
 import os
+import shutil
 import signal
 import sys
 
 # Small tensors: threads that wait for each other cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from hypothesis import settings
 from safetensors.torch import save_file
 
 from demo.synthetic import base_tensors
-from lorax import Base, cli, open_base
+from lorax import Base, cli, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.entry import ENDINGS
 from lorax.families import Family, families
+from lorax.migration import Options, Task, plan_folder
 from lorax.unet import UNetConfig
+from tests.library import BROKEN, contents
 
 # In CI the same examples every time; on a developer's machine new ones.
 settings.register_profile("ci", derandomize=True)
@@ -108,3 +111,61 @@ def published() -> list[Path]:
     if not files:
         pytest.skip(f"the published LoRA files are not at {SHARED} (set LORAX_SHARED)")
     return files
+
+
+@pytest.fixture(scope="session")
+def library(bases: tuple[Base, Base], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of several ranks in several folders, and files that are none."""
+    folder = tmp_path_factory.mktemp("library")
+    for i, (name, rank) in enumerate((("a", 4), ("b", 8), ("styles/a", 2), ("styles/deep/c", 16), ("d é", 1))):
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(lora_tensors(bases[0], rank, seed=i), path, {"ss_tag_frequency": name})
+    (folder / "broken").mkdir()
+    (folder / "broken" / "cut.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-100])
+    (folder / "broken" / "text.safetensors").write_text("not an adapter")
+    save_file({"unet.x.weight": torch.zeros(2, 2)}, folder / "broken" / "base.safetensors")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tasks(library: Path, bases: tuple[Base, Base], own_cache: None) -> list[Task]:
+    return plan_folder(library, bases[0].files[0], bases[1].files[0], Options(method="project", rank=20))
+
+
+@pytest.fixture
+def expected(library: Path, bases: tuple[Base, Base], tmp_path: Path, own_cache: None) -> dict[str, bytes]:
+    """What the transfer of each file by itself gives."""
+    folder = tmp_path / "expected"
+    for path in sorted(library.rglob("*.safetensors")):
+        name = path.relative_to(library)
+        if name.as_posix() not in BROKEN:
+            adapter = load_adapter(path, bases[0])
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            save_adapter(transfer_adapter(adapter, *bases, method="project", rank=20)[0], folder / name)
+    return contents(folder)
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
+    """Makes 1,500 folders below one, more than calls can be, and removes them as nobody else would."""
+
+    def make(folder: Path) -> Path:
+        for _ in range(15):  # `makedirs` calls itself
+            folder /= "/".join("d" * 100)
+            folder.mkdir(parents=True)
+        return folder
+
+    yield make
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        shutil.rmtree(tmp_path)
+    finally:
+        sys.setrecursionlimit(limit)

@@ -1,18 +1,10 @@
 """Migrations: the same bytes however they run, and nothing lost, doubled or damaged by what goes wrong on the way."""
 
-import itertools
 import json
-import multiprocessing
 import os
-import resource
 import shutil
-import signal
 import subprocess
-import sys
-import threading
-import time
 from dataclasses import asdict, fields, replace
-from importlib import import_module
 from pathlib import Path
 
 import psutil
@@ -23,75 +15,20 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lorax import (
-    FormatError,
-    LoraxError,
-    OptionError,
-    OutputError,
-    load_adapter,
-    open_base,
-    save_adapter,
-    transfer_adapter,
-)
+from lorax import OptionError, OutputError, open_base
 from lorax.cache import Cache
-from lorax.engine import Engine
-from lorax.migration import Options, migrate, plan_folder, plan_manifest
-from lorax.migration.job import Task
+from lorax.engine import CPU, Engine
+from lorax.migration import Options, migrate, plan_folder
 from lorax.migration.journal import JOURNAL, Journal
-from lorax.migration.local import _in_pool, fitting_workers
-from lorax.migration.run import Summary
-from lorax.migration.work import Record
-from tests.conftest import lora_tensors, small_base
+from lorax.migration.local import fitting_workers, largest_of_each
+from lorax.migration.run import Summary, _tells_case
+from lorax.migration.work import Record, move
+from reliability import seeds
+from tests.conftest import small_base
+from tests.library import BROKEN, contents, words
 from tests.test_cli import error_of
 
-BROKEN = {"broken/cut.safetensors", "broken/text.safetensors", "broken/base.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def library(bases, tmp_path_factory):
-    """Adapters of several ranks in several folders, and files that are none."""
-    folder = tmp_path_factory.mktemp("library")
-    for i, (name, rank) in enumerate((("a", 4), ("b", 8), ("styles/a", 2), ("styles/deep/c", 16), ("d é", 1))):
-        path = folder / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(lora_tensors(bases[0], rank, seed=i), path, {"ss_tag_frequency": name})
-    (folder / "broken").mkdir()
-    (folder / "broken" / "cut.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-100])
-    (folder / "broken" / "text.safetensors").write_text("not an adapter")
-    save_file({"unet.x.weight": torch.zeros(2, 2)}, folder / "broken" / "base.safetensors")
-    (folder / "notes.txt").write_text("not looked at")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tasks(library, bases):
-    return plan_folder(library, bases[0].files[0], bases[1].files[0], Options(method="project", rank=20))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and JOURNAL not in path.name
-    }
-
-
-@pytest.fixture
-def expected(library, bases, tmp_path):
-    """What the transfer of each file by itself gives."""
-    folder = tmp_path / "expected"
-    for path in sorted(library.rglob("*.safetensors")):
-        name = path.relative_to(library)
-        if name.as_posix() not in BROKEN:
-            adapter = load_adapter(path, bases[0])
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            save_adapter(transfer_adapter(adapter, *bases, method="project", rank=20)[0], folder / name)
-    return contents(folder)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize(
@@ -171,35 +108,6 @@ def test_resume_does_only_what_is_missing_or_changed(tasks, library, tmp_path):
     assert sum(record.status == "done" for record in again.records) == len(before)
 
 
-COMMAND = [sys.executable, "-m", "lorax", "migrate"]
-
-
-def words(library, bases, out, *more):
-    given = [library, "--source", bases[0].files[0], "--target", bases[1].files[0], "-o", out]
-    return [*COMMAND, *map(str, given), "--method", "project", "--rank", "20", "--workers", "2", *more]
-
-
-@pytest.mark.parametrize("files", [1, 3])
-def test_killed_and_resumed(library, bases, tmp_path, expected, files):
-    """SIGKILL of the whole process group once so many results are there."""
-    out = tmp_path / "out"
-    process = subprocess.Popen(words(library, bases, out), start_new_session=True, stderr=subprocess.PIPE)
-    while process.poll() is None and (not out.exists() or len(contents(out)) < files):
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    done = (
-        {name: content for name, content in contents(out).items() if not name.endswith(".part")} if out.exists() else {}
-    )
-    assert done.items() <= expected.items()
-    end = subprocess.run(words(library, bases, out, "--resume"), capture_output=True, text=True, check=False)
-    assert (end.returncode, end.stderr.count("failed")) == (1, len(BROKEN)), end.stderr
-    assert contents(out) == expected
-    lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines() if line.endswith("}")]
-    outputs = [line["output"] for line in lines if line["status"] == "done"]
-    assert sorted(outputs) == sorted(set(outputs)) == sorted(expected)
-
-
 @pytest.mark.parametrize("cut", [1, 500])
 def test_a_journal_that_was_cut_short(tasks, tmp_path, expected, cut):
     out = tmp_path / "out"
@@ -212,72 +120,6 @@ def test_a_journal_that_was_cut_short(tasks, tmp_path, expected, cut):
     assert sum(record.status == "kept" for record in summary.records) == len(expected)
 
 
-def kill_one(process, candidates):
-    """Kill the first worker of a running migration that `candidates` finds."""
-    killed = 0
-    while process.poll() is None and not killed:
-        time.sleep(0.005)
-        for child in itertools.islice(candidates(), 1):
-            child.kill()
-            killed += 1
-    assert killed
-
-
-def test_a_killed_worker_costs_nothing(library, bases, tmp_path, expected):
-    out = tmp_path / "out"
-    process = subprocess.Popen(words(library, bases, out), stderr=subprocess.PIPE)
-
-    def busy():
-        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
-            if "spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > 0.5:
-                yield child
-
-    kill_one(process, busy)
-    assert process.wait(timeout=120) == 1
-    assert contents(out) == expected
-
-
-DEADLY = """
-import os
-from lorax.migration import Record
-def work(task, previous):
-    if task.name == "poison":
-        os._exit(9)
-    return Record(task.name, task.output, "done")
-"""
-
-
-def test_what_kills_its_process_is_told_from_what_ran_beside_it(tmp_path, monkeypatch):
-    (tmp_path / "deadly.py").write_text(DEADLY)
-    monkeypatch.syspath_prepend(tmp_path)
-    work = import_module("deadly").work
-    tasks = [Task("", name, name, "", "") for name in ("good", "poison", "better")]
-    pool = _in_pool(work, [list(tasks)], {}, 1)
-    found, left = [], None
-    while left is None:
-        try:
-            found.append(next(pool).name)
-        except StopIteration as end:
-            left = [task.name for task in end.value]
-    assert (found, left) == (["good"], ["poison"])
-
-
-def test_a_worker_killed_between_two_adapters_costs_nothing(tasks, tmp_path, expected):
-    """The pool is broken when the next adapter is handed to it."""
-    threads = set(threading.enumerate())
-
-    def progress(done, total, name):
-        if done == 1:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            for thread in set(threading.enumerate()) - threads:  # they end when they have seen it
-                thread.join(60)
-
-    summary = migrate(tasks, tmp_path / "out", workers=1, progress=progress)
-    assert {record.name for record in summary.records if record.status == "failed"} == BROKEN
-    assert contents(tmp_path / "out") == expected
-
-
 def test_workers_fit_the_memory(tasks, monkeypatch):
     free = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=5 * 2**30))
@@ -285,34 +127,6 @@ def test_workers_fit_the_memory(tasks, monkeypatch):
     assert fitting_workers(tasks, 1) == 1
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=2**20))
     assert fitting_workers(tasks, None) == 1
-
-
-def test_one_process_at_a_time(library, bases, tasks, tmp_path):
-    out = tmp_path / "out"
-    process = subprocess.Popen(words(library, bases, out), start_new_session=True, stderr=subprocess.PIPE)
-    while process.poll() is None and not (out / JOURNAL).exists():
-        time.sleep(0.01)
-    with pytest.raises(OutputError, match="another process"):
-        migrate(tasks, out, resume=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def test_full_disk(library, bases, tmp_path, expected):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    out = tmp_path / "out"
-    environment = os.environ | {"LORAX_CACHE": "off"}
-    end = subprocess.run(
-        words(library, bases, out), preexec_fn=limit, env=environment, capture_output=True, text=True, check=False
-    )
-    assert end.returncode == 1
-    assert "cannot write the output" in end.stderr
-    assert "Traceback" not in end.stderr
-    assert contents(out).items() <= expected.items()
-    subprocess.run(words(library, bases, out, "--resume"), capture_output=True, check=False)
-    assert contents(out) == expected
 
 
 def test_an_output_folder_that_cannot_be_is_named(tasks, tmp_path):
@@ -377,203 +191,6 @@ def test_a_journal_of_anything_gives_sound_records_only(tmp_path, lines, sound):
     assert not sound or journal.records["a"] == known
 
 
-@pytest.fixture
-def own(library, bases, tmp_path):
-    """A library whose files may be damaged: an adapter, a base that is a file and one that is a folder."""
-    files = (library / "a.safetensors", "loras"), (bases[0].files[0], "."), (bases[1].files[0], "pipe/unet")
-    for file, folder in files:
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, tmp_path / folder / "same.safetensors")
-    manifest(
-        tmp_path, f"[[move]]\nadapters = '*'\nsource = '{tmp_path}/same.safetensors'\ntarget = '{tmp_path}/pipe'\n"
-    )
-    return tmp_path
-
-
-INPUTS = ["loras/same.safetensors", "same.safetensors", "pipe/unet/same.safetensors"]
-
-
-@pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize("name", [*INPUTS, "moves.toml"])
-def test_the_report_replaces_no_input(run, own, name, linked):
-    path = own / name
-    if linked:
-        path = own / "link"
-        path.symlink_to(own / name)
-    before = contents(own)
-    words = ["migrate", own / "loras", "--manifest", own / "moves.toml", "-o", own / "out", "--report", path]
-    assert "is one of the inputs" in error_of(run, *words)
-    assert contents(own) == before
-    assert not (own / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["same.safetensors", JOURNAL])
-def test_the_report_is_none_of_the_results(run, own, name):
-    (own / "out").mkdir()
-    words = ["migrate", own / "loras", "--manifest", own / "moves.toml", "-o", own / "out"]
-    assert "is one of the results" in error_of(run, *words, "--report", own / "loras/../out" / name)
-    assert not list((own / "out").iterdir())
-
-
-def test_a_base_that_leads_in_a_circle(run, own):
-    (own / "base").symlink_to(own / "base")
-    words = ["migrate", own / "loras", "--source", own / "base", "--target", own / "pipe", "-o", own / "out"]
-    assert "1 failed of 1" in run(*words, status=1)[0]
-    manifest(own, "[[move]]\nadapters = '*'\nsource = 'base'\ntarget = 'pipe'\n")
-    words = ["migrate", own / "loras", "--manifest", own / "moves.toml", "-o", own / "other"]
-    assert "1 failed of 1" in run(*words, status=1)[0]
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("name", INPUTS)
-def test_no_result_replaces_an_adapter_or_a_base(own, name, damaged):
-    if damaged:
-        (own / name).write_bytes(b"damaged")
-    before = contents(own)
-    tasks = plan_manifest(own / "moves.toml", own / "loras", Options())
-    with pytest.raises(OutputError, match="is one of the inputs"):
-        migrate(tasks, (own / name).parent, workers=1)
-    assert contents(own) == before
-    assert not list(own.rglob(f"*{JOURNAL}*"))
-
-
-@pytest.mark.parametrize("name", ["same.safetensors", JOURNAL])
-def test_neither_a_result_nor_the_journal_replaces_the_manifest(run, own, name):
-    (own / "out").mkdir()
-    path = (own / "moves.toml").rename(own / "out" / name)
-    before = path.read_bytes()
-    words = ["migrate", own / "loras", "--manifest", path, "-o", own / "out", "--resume"]
-    assert "is one of the inputs" in error_of(run, *words)
-    assert list((own / "out").iterdir()) == [path]
-    assert path.read_bytes() == before
-
-
-def test_no_output_through_a_link(tasks, tmp_path):
-    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    out.mkdir()
-    elsewhere.mkdir()
-    (out / "styles").symlink_to(elsewhere)
-    (out / "a.safetensors").symlink_to(elsewhere / "a.safetensors")
-    summary = migrate(tasks, out, workers=1)
-    failed = {record.name: record.error for record in summary.records if record.status == "failed"}
-    assert failed.keys() - BROKEN == {"a.safetensors", "styles/a.safetensors", "styles/deep/c.safetensors"}
-    assert "leads out of its folder" in failed["a.safetensors"]
-    assert list(elsewhere.iterdir()) == []
-
-
-def manifest(folder: Path, text: str) -> Path:
-    path = folder / "moves.toml"
-    path.write_text(text)
-    return path
-
-
-def test_a_manifest_of_several_targets(library, bases, tmp_path):
-    source, target = bases[0].files[0], bases[1].files[0]
-    path = manifest(
-        tmp_path,
-        f"""
-[[move]]
-adapters = "styles/**/*.safetensors"
-source = "{source}"
-target = "{target}"
-method = "project"
-threshold = 0
-[[move]]
-adapters = "*/a.safetensors"
-source = "{target}"
-target = "{source}"
-""",
-    )
-    tasks = plan_manifest(path, library, Options(rank=20))
-    assert [(task.output, task.options.method, task.options.rank) for task in tasks] == [
-        (f"styles/a.{target.stem}.safetensors", "project", 20),
-        ("styles/deep/c.safetensors", "project", 20),
-        (f"styles/a.{source.stem}.safetensors", "auto", 20),
-    ]
-    summary = migrate(tasks, tmp_path / "out", workers=1)
-    assert {record.status for record in summary.records} == {"done"}
-
-
-MOVE = 'adapters = "a.safetensors"\nsource = "s"\ntarget = "t"\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no \\[\\[move"),
-        ("move = 3", "no \\[\\[move"),
-        ("[[move]\n", "not a manifest"),
-        ("[[move]]\nadapters = 'x'", "move 1 lacks"),
-        ("move = [1]", "move 1 lacks"),
-        (f"[[move]]\n{MOVE}colour = 3", "colour"),
-        (f"[[move]]\n{MOVE}rank = 'high'", "rank = 'high'"),
-        (f"[[move]]\n{MOVE}fast = 1", "fast = 1"),
-        (f"[[move]]\n{MOVE}method = 'magic'", "magic"),
-        (f"[[move]]\n{MOVE}[[move]]\n{MOVE}method = 'copy'", "give one output"),
-        ("[[move]]\nadapters = '../x'\nsource = 's'\ntarget = 't'", "leads out"),
-        ("[[move]]\nadapters = '/etc/*'\nsource = 's'\ntarget = 't'", "leads out"),
-        ("[[move]]\nadapters = 'none*'\nsource = 's'\ntarget = 't'", "finds no adapter"),
-        ("\x00", "not a manifest"),
-        ("move = " + "[" * 100_000, "not a manifest"),
-        ("[[move]]\nadapters = 'a**b'\nsource = 's'\ntarget = 't'", "pattern"),
-        ("[[move]]\nadapters = '*'\nsource = \"s\\u0000\"\ntarget = 't'", "cannot be a file"),
-    ],
-)
-def test_what_a_manifest_cannot_be(library, tmp_path, text, message):
-    with pytest.raises(LoraxError, match=message):
-        plan_manifest(manifest(tmp_path, text), library, Options())
-
-
-HOSTILE = st.one_of(
-    st.sampled_from(
-        ["", "*", "**", "**/*", "a**", "../*", "/etc/*", "[", "*" * 300, "x" * 5000, "\x00", "\x1b[2J", "~", "a\nb"]
-    ),
-    st.text(max_size=20),
-)
-
-
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    move=st.fixed_dictionaries(
-        {"adapters": HOSTILE, "source": HOSTILE, "target": HOSTILE}, optional={"rank": st.integers(), "method": HOSTILE}
-    )
-)
-def test_a_manifest_of_anything_is_read_or_refused(library, tmp_path, move):
-    text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in move.items())
-    path = manifest(tmp_path, "[[move]]\n" + text)
-    try:
-        tasks = plan_manifest(path, library, Options())
-    except LoraxError:
-        return
-    assert all((library / task.output).resolve().is_relative_to(library) for task in tasks)
-    assert all(Path(task.adapter).is_relative_to(library) for task in tasks)
-
-
-def test_no_adapters_and_bases_and_results_are_none(library, bases, tmp_path):
-    with pytest.raises(FormatError, match="no adapter to migrate"):
-        plan_folder(tmp_path, bases[0].files[0], bases[1].files[0], Options())
-    out = tmp_path / "out"
-    out.mkdir()
-    base, adapter = tmp_path / "base.safetensors", tmp_path / "a.safetensors"
-    for path in (base, adapter, out / "a.safetensors"):
-        path.write_bytes((library / "a.safetensors").read_bytes())
-    assert [task.name for task in plan_folder(tmp_path, base, bases[1].files[0], Options(), out)] == ["a.safetensors"]
-
-
-@pytest.mark.parametrize("base", ["other.safetensors", "pipe"])
-@pytest.mark.parametrize("order", [1, -1])
-def test_no_base_of_any_move_is_an_adapter(library, tmp_path, base, order):
-    for name in ("a", "first", "other", "pipe/unet/other"):
-        path = tmp_path / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((library / "a.safetensors").read_bytes())
-    moves = [("**/*.safetensors", "first.safetensors", "x"), ("a*", base, "y")][::order]
-    text = "".join(f"[[move]]\nadapters = '{a}'\nsource = '{s}'\ntarget = '{t}'\n" for a, s, t in moves)
-    left = {"a.safetensors", "other.safetensors", "pipe/unet/other.safetensors"}
-    tasks = plan_manifest(manifest(tmp_path, text), tmp_path, Options())
-    assert {task.name for task in tasks} == {name for name in left if not name.startswith(base)}
-
-
 def test_command_line(run, library, bases, tmp_path):
     out, err = run(*words(library, bases, tmp_path / "out", "--report", str(tmp_path / "r.json"))[3:], status=1)
     assert "5 done, 0 kept, 3 failed of 8" in out
@@ -587,39 +204,118 @@ def test_command_line(run, library, bases, tmp_path):
         migrate([], tmp_path / "z", run="cloud")
 
 
-def test_a_killed_worker_of_ray_costs_nothing(library, bases, tmp_path, expected):
-    out = tmp_path / "out"
-    process = subprocess.Popen(words(library, bases, out, "--engine", "ray"), stderr=subprocess.PIPE)
-
-    def moving():
-        for child in psutil.process_iter(["cmdline"]):
-            if (child.info["cmdline"] or [""])[0].startswith("ray::_move"):
-                yield child
-
-    kill_one(process, moving)
-    assert process.wait(timeout=300) == 1
-    assert contents(out) == expected
+@pytest.fixture
+def small(tmp_path):
+    """Two small bases and an adapter of PEFT: a folder for each of two libraries."""
+    for i in range(2):
+        seeds.base_file(tmp_path / f"{i}.safetensors", change=0.2 * i)
+    ones = {f"{seeds.PEFT}.lora_A.weight": torch.ones(4, 32), f"{seeds.PEFT}.lora_B.weight": torch.ones(32, 4)}
+    (tmp_path / "loras" / "x").mkdir(parents=True)
+    save_file(ones, tmp_path / "loras" / "x" / "adapter_model.safetensors")
+    return tmp_path
 
 
-def test_a_lost_machine_of_ray_costs_nothing(tasks, tmp_path, expected):
-    import ray
-    from ray.cluster_utils import Cluster
+def planned(folder):
+    return plan_folder(folder / "loras", folder / "0.safetensors", folder / "1.safetensors", Options(method="copy"))
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        other = cluster.add_node(num_cpus=1)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        cluster.wait_for_nodes()
-        lost = []
 
-        def progress(done, total, name):
-            if not lost:
-                lost.append(name)
-                cluster.remove_node(other, allow_graceful=False)
+def done(folder, out="out", previous=None):
+    """Do the tasks of a folder in this process; return their records."""
+    return [move(task, str(folder / out), previous, CPU) for task in planned(folder)]
 
-        migrate(tasks, tmp_path / "out", run="ray", progress=progress)
-        assert lost
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    assert contents(tmp_path / "out") == expected
+
+def test_resume_sees_a_changed_configuration(small):
+    config, previous = small / "loras" / "x" / "adapter_config.json", None
+    for alpha in (None, 4, 16):
+        if alpha:
+            config.write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
+        (previous,) = done(small, previous=previous)
+        assert previous.status == "done"
+        (again,) = done(small, previous=previous)
+        assert again == replace(previous, status="kept")
+        done(small, f"fresh {alpha}")
+        assert contents(small / "out") == contents(small / f"fresh {alpha}")
+    assert contents(small / "fresh 4") != contents(small / "fresh 16")
+    config.unlink()
+    assert done(small, previous=previous)[0].status == "done"
+
+
+@pytest.mark.parametrize("field", ["output_hash", "input_hash"])
+def test_a_journal_without_a_hash_keeps_nothing(small, field):
+    (record,) = done(small)
+    (small / "out" / record.output).unlink()
+    (again,) = done(small, previous=replace(record, **{field: ""}))
+    assert again.status == "done"
+    assert (small / "out" / record.output).exists()
+
+
+def test_each_that_cannot_be_read_has_a_row(small):
+    """Links to nothing, a pipe, a closed folder, a link to a folder elsewhere, a file that vanished."""
+    loras = small / "loras"
+    (loras / "gone.safetensors").symlink_to("nowhere")
+    os.mkfifo(loras / "PIPE.SAFETENSORS")
+    (small / "elsewhere").mkdir()
+    (loras / "linked").symlink_to(small / "elsewhere")
+    (loras / "y.safetensors").write_bytes(b"")
+    tasks = planned(small)
+    (loras / "y.safetensors").unlink()
+    assert fitting_workers(tasks, 1) == len(largest_of_each(tasks)) == 1
+    errors = {record.name: record.error for task in tasks for record in [move(task, str(small / "out"), None, CPU)]}
+    assert "not a file" in errors.pop("PIPE.SAFETENSORS")
+    assert "cannot open a file" in errors.pop("gone.safetensors")
+    assert "cannot open a file" in errors.pop("y.safetensors")
+    assert "links to folders are not followed" in errors.pop("linked")
+    assert errors == {"x/adapter_model.safetensors": ""}
+
+
+@pytest.mark.skipif(not os.getuid(), reason="root reads every folder")
+def test_a_closed_folder_has_a_row(small):
+    (small / "loras" / "closed").mkdir(mode=0)
+    assert [record.name for record in done(small) if "Permission denied" in record.error] == ["closed"]
+
+
+def test_adapters_below_more_folders_than_calls_can_be(small, deep):
+    shutil.copy(small / "loras" / "x" / "adapter_model.safetensors", deep(small / "loras") / "a.safetensors")
+    assert [record.error for record in done(small)] == ["", ""]
+    Journal(small / "out", resume=False).close()
+
+
+@pytest.mark.parametrize("name", [JOURNAL, f".{JOURNAL}.lock"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
+def test_a_journal_that_is_no_file_is_refused(small, name, kind):
+    path, other = small / "out" / name, small / "other"
+    path.parent.mkdir()
+    other.write_text("not ours")
+    make = {
+        "link": lambda: path.symlink_to(other),
+        "dangling": lambda: path.symlink_to("nowhere"),
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+    }
+    make[kind]()
+    with pytest.raises(OutputError, match="no file"):
+        migrate(planned(small), small / "out", resume=True)
+    assert other.read_text() == "not ours"
+    assert [entry.name for entry in path.parent.iterdir()] == [name]
+
+
+def test_names_that_differ_in_case_only(small, monkeypatch):
+    """On a disk that does not tell case, made by what such a disk says of the journal: one result, and a row."""
+    names = ["a", "A", "B\N{LATIN SMALL LETTER E WITH ACUTE}", "be\N{COMBINING ACUTE ACCENT}"]
+    for name in names:
+        shutil.copy(small / "loras" / "x" / "adapter_model.safetensors", small / "loras" / f"{name}.safetensors")
+    Journal(small / "out", resume=False).close()
+    assert _tells_case(small / "out")
+    exists, samefile = os.path.exists, Path.samefile
+
+    def lower(path):
+        return Path(path).with_name(Path(path).name.lower())
+
+    monkeypatch.setattr(os.path, "exists", lambda path: exists(path) or exists(lower(path)))
+    monkeypatch.setattr(Path, "samefile", lambda path, other: samefile(path, lower(other)))
+    records = migrate(planned(small), small / "out", workers=1).records
+    errors = {record.output: record.error for record in records if record.status == "failed"}
+    assert errors.keys() == {"a.safetensors", f"{names[3]}.safetensors"}
+    assert "A.safetensors" in errors["a.safetensors"]
+    assert contents(small / "out").keys() == {record.output for record in records if record.status == "done"}
+    assert sum('"failed"' in line for line in (small / "out" / JOURNAL).read_text().splitlines()) == 2
