@@ -1,6 +1,6 @@
 import os
-import shutil
 import signal
+import subprocess
 import sys
 
 # Small tensors: threads that wait for each other cost more than they give.
@@ -163,9 +163,4 @@ def deep(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
         return folder
 
     yield make
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(20_000)
-    try:
-        shutil.rmtree(tmp_path)
-    finally:
-        sys.setrecursionlimit(limit)
+    subprocess.run(["rm", "-rf", tmp_path], check=True)
