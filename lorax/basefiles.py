@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import FileError, FormatError
-from .layers import MAIN, Rows
+from .layers import MAIN, Rows, unwrapped
 from .tensorfile import ADVICE, DTYPES, Entry, TensorFile, natural_order, read_json
 
 if TYPE_CHECKING:
@@ -37,11 +37,6 @@ QUANTISED = {
 SDNQ = "scale"
 UNQUANTISED = "give the model in fp32, fp16, bf16 or plain or scaled fp8"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-# What stands around modules in a state that was saved while they were compiled or trained on several devices.
-WRAPPERS = re.compile(
-    r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+"
-    r"|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
 INDEX = re.compile(r"(.+)\.safetensors\.index(\.\w+)?\.json")
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)((?:\.\w+)?)\.safetensors")
 # As diffusers and transformers call the file of a model; of its variants those before the others.
@@ -147,7 +142,7 @@ def _tensors(folder: Path, files: Files) -> Tensors:
         if absent := sorted(promised - file.entries.keys()):
             got = f"{absent[0]} is not in {file.path}"
             raise FileError("a file that does not fit the index beside it", got, "download the whole model")
-        found |= {WRAPPERS.sub("", key): Stored(file, key) for key in file.entries}
+        found |= {unwrapped(key): Stored(file, key) for key in file.entries}
     return found if len(files) == 1 else {name: found[name] for name in sorted(found, key=natural_order)}
 
 

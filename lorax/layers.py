@@ -22,6 +22,11 @@ FUSED_PARTS = {
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
 FUSED = re.compile(rf"(.+)_({'|'.join(FUSED_PARTS)})")
+# torch.compile, data parallel, checkpoints of activations; without its underscore only around a whole model.
+WRAPPERS = re.compile(
+    r"^(?:module\.|_orig_mod[._]|_fsdp_wrapped_module[._])+"
+    r"|(?<![A-Za-z0-9])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]"
+)
 UNET_BLOCK = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+(?:\.transformer_blocks\.\d+)?(?=\.)")
 FIRST_BLOCK = re.compile(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)")
 ATTENTION = re.compile(r"attn|attention|\bqkv\b", re.IGNORECASE)
@@ -30,6 +35,11 @@ ATTENTION = re.compile(r"attn|attention|\bqkv\b", re.IGNORECASE)
 def flatten(path: str) -> str:
     """Return a module path as LoRA files in kohya naming spell it: dots become underscores."""
     return path.replace(".", "_")
+
+
+def unwrapped(path: str) -> str:
+    """Return a key or module path without what wraps modules while they are trained; dotted or flattened."""
+    return WRAPPERS.sub("", path)
 
 
 def reads_text(path: str) -> bool:

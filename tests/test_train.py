@@ -7,6 +7,7 @@ import threading
 import time
 from itertools import pairwise
 
+import diffusers
 import numpy as np
 import peft
 import pytest
@@ -208,6 +209,22 @@ def test_parts_of_a_fused_weight_learn_each_its_own_singular_values():
         torch.testing.assert_close(
             model["attn_qkv"](x), x @ (weight + update).T + model["attn_qkv"].bias, rtol=1e-10, atol=1e-10
         )
+
+
+def test_the_layers_of_a_diffusers_transformer_learn_where_its_original_has_one_weight():
+    """What are rows of one weight in the original are whole modules here."""
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=32,
+        pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    name, x = "transformer_blocks.0.attn.to_v", torch.randn(3, 32)
+    module = model.get_submodule(name)
+    before, space = module(x).detach(), lorax.linalg.decompose(module.weight.detach(), 4)
+    with attach(model, layers=[f"transformer.{name}"], rank=4) as layers, torch.no_grad():
+        (delta,) = layers.parameters()
+        delta.copy_(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+        torch.testing.assert_close(module(x), before + x @ ((space.U * delta) @ space.Vh).T)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from ..families import Family
-from ..layers import Layer, flatten
+from ..layers import Layer, flatten, unwrapped
 from .kinds import KINDS
 
 # The ends of keys -> the field of the update that the tensor is. Longer ends come before those that they end with.
@@ -69,8 +69,6 @@ XLABS = {
     "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj", "proj_lora": "linear2",
 }  # fmt: skip
 XLABS_KEY = re.compile(rf"(.*\.)processor\.({'|'.join(XLABS)})\.(down|up)\.weight")
-# What wraps a module while it is trained (torch.compile, data parallel, checkpoints of activations), dotted or flat.
-WRAPPERS = re.compile(r"(?<![A-Za-z0-9])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]|^(module\.)+")
 # The name of an adapter in a model of PEFT, `default` or any other, which its files do without.
 ADAPTER_NAME = re.compile(
     r"(?<=\.)(lora_[AB]|lora_magnitude_vector|lora_embedding_[AB]|(?:hada|lokr)_\w+)"
@@ -123,14 +121,14 @@ def parse(key: str) -> Key | None:
         return Key(component, number, f"lora_{role}", "indexed") if known else None
     if found := XLABS_KEY.fullmatch(key):
         key = f"{found[1]}{XLABS[found[2]]}.lora_{found[3]}.weight"
-    key = ADAPTER_NAME.sub(r"\1", WRAPPERS.sub("", key))
+    key = ADAPTER_NAME.sub(r"\1", unwrapped(key))
     suffix = next((suffix for suffix in ROLES if key.endswith(suffix)), None)
     if suffix is None:
         return None
     module = key.removesuffix(suffix).replace(".processor", "")
     prefix = next(prefix for prefix in PREFIXES if module.startswith(prefix))
     component, naming = PREFIXES[prefix]
-    path = WRAPPERS.sub("", module.removeprefix(prefix))
+    path = unwrapped(module.removeprefix(prefix))
     for start, whole in COMPONENTS.items():
         path = whole + path.removeprefix(start) if path.startswith(start) else path
     if prefix.endswith("text_model."):
