@@ -286,6 +286,29 @@ def test_a_video_model_on_stable_diffusion_2_is_not_stable_diffusion_2():
     assert recognise(shapes | {"input_blocks.1.1.time_stack.0.attn1.to_q": (320, 320)}) is None
 
 
+UNET = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+CONTROLNETS = {
+    "ControlNetModel": UNET
+    | {
+        "cross_attention_dim": 768,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "attention_head_dim": 8,
+    },
+    "SparseControlNetModel": {},
+    "FluxControlNetModel": HEADS | BLOCKS,
+    "SD3ControlNetModel": {"num_layers": 2},
+    "QwenImageControlNetModel": HEADS | {"num_layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", CONTROLNETS)
+def test_a_controlnet_is_no_base_of_the_family_that_it_was_copied_from(name):
+    with torch.device("meta"):
+        model = getattr(diffusers, name)(**CONTROLNETS[name])
+    shapes = {key.removesuffix(".weight"): tuple(w.shape) for key, w in model.state_dict().items() if "weight" in key}
+    assert recognise(shapes) is None
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_spellings_are_found_without_a_base(name):
     family = families()[name.split()[0]]
