@@ -81,16 +81,13 @@ class Base:
             NumericsError: It holds NaN or Inf.
             FileError: It cannot be read.
         """
-        import torch
-
-        from .linalg import all_finite
+        from .linalg import all_finite, single
 
         for known, place, matrix in self._last:
             if (known, place) == (name, device):
                 return matrix
         layer = self.layers[name]
-        # Moved as it is stored: torch would make it float32 first, and move twice the bytes.
-        matrix = self.read(layer).to(device).to(torch.float32).reshape(layer.matrix_shape)
+        matrix = single(self.read(layer), device).reshape(layer.matrix_shape)
         if not all_finite(matrix):
             raise NumericsError("a weight of a base holds NaN or Inf", f"{name} in {self.name}", "use a sound copy")
         self._last[:] = [(name, device, matrix)]

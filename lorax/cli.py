@@ -120,6 +120,7 @@ def similarity(
 ) -> None:
     """Compare the singular subspaces of two bases: every source layer with every target layer of its kind."""
     from .base import open_base
+    from .engine import or_on_cpu
     from .matching import match_bases
     from .output import write_bytes
     from .page import page
@@ -136,13 +137,16 @@ def similarity(
     _check_outputs([json_file, png_file, html_file], base_s, base_t)
     engine = _engine(device, cache)
     with bar("comparing") as progress:
-        result = compare_bases(
-            base_s,
-            base_t,
-            rank=None if rank == "full" else int(rank),
-            attention_only=layers == "attention",
-            engine=engine,
-            progress=progress,
+        result = or_on_cpu(
+            lambda engine: compare_bases(
+                base_s,
+                base_t,
+                rank=None if rank == "full" else int(rank),
+                attention_only=layers == "attention",
+                engine=engine,
+                progress=progress,
+            ),
+            engine,
         )
     print_similarity(result)
     if json_file:
@@ -150,7 +154,8 @@ def similarity(
     if png_file:
         write_bytes(png_file, png(result))
     if html_file:
-        pairs = match_bases(base_s, base_t, known=known_scores(result), engine=engine)
+        known = known_scores(result)
+        pairs = or_on_cpu(lambda engine: match_bases(base_s, base_t, known=known, engine=engine), engine)
         write_bytes(html_file, page(similarity_view(result, base_s, base_t, pairs)).encode())
 
 
@@ -186,6 +191,7 @@ def transfer(
     """Move an adapter from its source base to a target base."""
     from .adapters import load_adapter, save_adapter
     from .base import open_base
+    from .engine import or_on_cpu
     from .matching import load_assignment
     from .output import write_bytes
     from .page import page
@@ -197,22 +203,25 @@ def transfer(
     assignment = load_assignment(assignment_file, base_s, base_t) if assignment_file else None
     loaded = load_adapter(adapter, base_s)
     with bar("transferring") as progress:
-        result, report = transfer_adapter(
-            loaded,
-            base_s,
-            base_t,
-            method=method.value,
-            rank=rank,
-            lora_rank=lora_rank,
-            threshold=threshold,
-            matching=matching.value,
-            assignment=assignment,
-            dora=dora.value,
-            output_format=output_format.value,
-            dtype=_dtype(dtype),
-            engine=_engine(device, cache, fast=fast),
-            strict=strict,
-            progress=progress,
+        result, report = or_on_cpu(
+            lambda engine: transfer_adapter(
+                loaded,
+                base_s,
+                base_t,
+                method=method.value,
+                rank=rank,
+                lora_rank=lora_rank,
+                threshold=threshold,
+                matching=matching.value,
+                assignment=assignment,
+                dora=dora.value,
+                output_format=output_format.value,
+                dtype=_dtype(dtype),
+                engine=engine,
+                strict=strict,
+                progress=progress,
+            ),
+            _engine(device, cache, fast=fast),
         )
     save_adapter(result, output, naming=naming.value)
     if report_file:
@@ -311,6 +320,7 @@ def convert(
     from .adapters import load_adapter, save_adapter
     from .base import open_base
     from .convert import convert_to_lora, convert_to_lora_x
+    from .engine import or_on_cpu
     from .report import WEAK
 
     base = open_base(source) if source else None
@@ -318,13 +328,16 @@ def convert(
     loaded, engine = load_adapter(adapter, base), _engine(device, cache)
     with bar("converting") as progress:
         if to is Format.lora:
-            result = convert_to_lora(
-                loaded, base, rank=LORA_RANK if rank is None else rank, engine=engine, progress=progress
+            most = LORA_RANK if rank is None else rank
+            result = or_on_cpu(
+                lambda engine: convert_to_lora(loaded, base, rank=most, engine=engine, progress=progress), engine
             )
         elif base is None:
             raise OptionError("a LoRA-X is made of its source base", "--source is missing", "give --source")
         else:
-            result, shares = convert_to_lora_x(loaded, base, rank=rank, engine=engine, progress=progress)
+            result, shares = or_on_cpu(
+                lambda engine: convert_to_lora_x(loaded, base, rank=rank, engine=engine, progress=progress), engine
+            )
             kept = [share for share in shares.values() if math.isfinite(share)]
             mean = sum(kept) / len(kept) if kept else math.nan
             say.print(f"{len(shares)} layers, {mean:.0%} of the norm kept on average")
@@ -398,9 +411,16 @@ def evaluate(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Score pictures with weights that you have: HPSv2, LPIPS diversity, DINOv2 similarity."""
+    from .engine import or_on_cpu
     from .evaluate import evaluate as scored
 
-    found = asdict(scored(folder, hpsv2=hpsv2, lpips=lpips, dinov2=dinov2, reference=reference, device=_device(device)))
+    scores = or_on_cpu(
+        lambda engine: scored(
+            folder, hpsv2=hpsv2, lpips=lpips, dinov2=dinov2, reference=reference, device=engine.device
+        ),
+        _engine(device, cache=False),
+    )
+    found = asdict(scores)
     if as_json:
         say.print(json.dumps(found, indent=1))
         return

@@ -1,12 +1,13 @@
 """Where subspaces come from: one place that computes them, or finds them in the cache."""
 
 import json
+import logging
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .base import Base
 from .cache import Cache
+from .errors import printable
 from .linalg import Subspace, decompose, leading_subspace
 from .tensorfile import parse_json
 from .version import __version__
@@ -22,6 +24,9 @@ from .version import __version__
 ENGINE = 1
 # More readers than this gain nothing: the weights come from one disk.
 READERS = 4
+
+Result = TypeVar("Result")
+log = logging.getLogger("lorax.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,23 @@ CPU = Engine()
 """Exact, on the CPU, nothing kept: the default."""
 
 _COMPUTE = {"exact": decompose, "fast": leading_subspace}
+
+
+def or_on_cpu(work: Callable[[Engine], Result], engine: Engine) -> Result:
+    """Return `work(engine)`; where its device fails, full or otherwise, that of the CPU, said in one line by `logging`.
+
+    Args:
+        work: Computes something; may be called twice. Whatever else it raises than torch does for a device passes.
+        engine: How and where to compute.
+    """
+    if torch.device(engine.device).type == "cpu":
+        return work(engine)
+    try:
+        return work(engine)
+    except (RuntimeError, TypeError) as error:  # NotImplementedError and torch's own are RuntimeErrors
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    log.warning("%s failed, the CPU does the work instead: %s", engine.device, printable(reason))
+    return work(replace(engine, device="cpu"))
 
 
 def packed(space: Subspace) -> bytes:

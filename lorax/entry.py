@@ -44,11 +44,6 @@ def run(command: Callable[[], object]) -> None:
     except OSError as error:  # of a file that nothing else looks after, such as the terminal
         where = "" if error.filename is None else f"{error.filename}: "
         _fail(f"the system refuses: {where}{error.strerror or error}; see to the disk and its permissions")
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; the help does without torch
-            raise
-        got = str(error).partition(".")[0]
-        _fail(f"the GPU has too little free memory: {got}; close what else uses it, or give --device cpu")
 
 
 def _fail(error: str, status: int | str | None = 1) -> NoReturn:

@@ -2,11 +2,13 @@
 
 Letters as in the method: a weight `W` is `[m, n]`; `U [m, r]`, `S [r]`, `Vh [r, n]` are its `r` leading singular
 triplets. A low-rank update is a pair of factors `B [m, k]`, `A [k, n]` and stays one: no `[m, n]` product is formed.
-Everything works on CPU and CUDA and is deterministic.
+Everything is deterministic. Products are made in float32 on the device of the tensors; what needs float64 or a
+decomposition is done there too, or on the CPU where the device has none of them (`is_exact`).
 """
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,6 +58,46 @@ def check_positive(rank: int, name: str = "rank") -> None:
         raise OptionError("a rank is at least 1", f"{name} {rank}", "give a whole number from 1, for example 64")
 
 
+@cache
+def is_exact(device: torch.device) -> bool:
+    """Return whether a device computes in float64 and decomposes, which is tried once.
+
+    Apple's MPS, Intel's Arc GPUs and DirectML have no float64; MPS lacks some of the decompositions too.
+    """
+    try:
+        matrix = torch.eye(2, dtype=torch.float64, device=device)
+        for decomposition in (torch.linalg.eigh, torch.linalg.qr, torch.linalg.svd):
+            decomposition(matrix @ matrix)
+        torch.linalg.solve(matrix, matrix)
+    except torch.cuda.OutOfMemoryError:  # that tells nothing of what the device can do
+        raise
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def to_exact(tensor: Tensor) -> Tensor:
+    """Return a tensor where it can be made float64 and decomposed: on its own device, or on the CPU.
+
+    Not made float64 on the way: MPS refuses that.
+    """
+    return tensor if is_exact(tensor.device) else tensor.cpu()
+
+
+def back(result: Tensor, like: Tensor) -> Tensor:
+    """Return what was computed of `to_exact` in the dtype and on the device of `like`."""
+    return result.to(like.dtype).to(like.device)
+
+
+def single(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Return a tensor of any floating dtype as float32 on a device.
+
+    It is moved as it is stored, which is fewer bytes, where the device knows every dtype.
+    """
+    device = torch.device(device)
+    return (tensor.to(device) if is_exact(device) else tensor.float().to(device)).float()
+
+
 def decompose(weight: Tensor, rank: int) -> Subspace:
     """Compute the leading singular triplets, exactly, through the smaller Gram matrix in float64.
 
@@ -76,13 +118,13 @@ def decompose(weight: Tensor, rank: int) -> Subspace:
     check_positive(rank)
     U, S, V = triplets(weight, rank)
     signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-    return _subspace(U * signs, S, (V * signs).T)
+    return _subspace(U * signs, S, (V * signs).T, weight.device)
 
 
 def triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `U [m, r]`, `S [r]`, `V [n, r]` of `decompose` in float64, before the signs are fixed."""
+    """Return `U [m, r]`, `S [r]`, `V [n, r]` of `decompose` in float64, before the signs are fixed, as `to_exact`."""
     wide = matrix.shape[0] <= matrix.shape[1]
-    matrix = (matrix if wide else matrix.T).double()
+    matrix = to_exact(matrix if wide else matrix.T).double()
     energy, vectors = torch.linalg.eigh(gram(matrix))
     S, near = energy.clamp(min=0).sqrt().flip(0), vectors.flip(1)
     keep = min(rank, int((S[0] * RESOLUTION < S).sum()))
@@ -115,21 +157,22 @@ def leading_subspace(weight: Tensor, rank: int) -> Subspace:
         return decompose(weight, rank)
     wide = weight.shape[0] <= weight.shape[1]
     matrix = weight if wide else weight.T
-    energy, vectors = torch.linalg.eigh(gram(near_one(matrix)))
+    energy, vectors = torch.linalg.eigh(to_exact(gram(near_one(matrix))))
     if float(energy[-rank]) < SINGLE_RESOLUTION**2 * float(energy[-1]):
         return decompose(weight, rank)
-    basis = vectors[:, -rank - SPARE :]
+    basis = back(vectors[:, -rank - SPARE :], matrix)
     image = matrix.T @ basis
-    energy, turn = torch.linalg.eigh(gram(image.T.double()))
-    S, turn = energy[-rank:].sqrt().flip(0).float(), turn[:, -rank:].flip(1).float()
+    energy, turn = torch.linalg.eigh(gram(to_exact(image.T).double()))
+    S, turn = back(energy[-rank:].sqrt().flip(0), matrix), back(turn[:, -rank:].flip(1), matrix)
     near, far = basis @ turn, (image @ turn) / S
     U, V = (near, far) if wide else (far, near)
-    return _subspace(U, S, V.T)
+    return _subspace(U, S, V.T, weight.device)
 
 
-def _subspace(U: Tensor, S: Tensor, Vh: Tensor) -> Subspace:
+def _subspace(U: Tensor, S: Tensor, Vh: Tensor, device: torch.device) -> Subspace:
     """Lay the numbers out in one way: products round by the layout, and the cache keeps only the numbers."""
-    return Subspace(U.float().contiguous(), S.float().contiguous(), Vh.float().contiguous())
+    U, S, Vh = (part.float().contiguous().to(device) for part in (U, S, Vh))
+    return Subspace(U, S, Vh)
 
 
 def gram(X: Tensor, out: Tensor | None = None) -> Tensor:
@@ -170,8 +213,8 @@ def all_finite(tensor: Tensor) -> bool:
 
 def polar(matrix: Tensor) -> Tensor:
     """Return the polar factor, the solution of `argmin_R ||X R - Y||_F` for `X^T Y`: orthonormal rows or columns."""
-    U, _, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return (U @ Vh).to(matrix.dtype)
+    U, _, Vh = torch.linalg.svd(to_exact(matrix).double(), full_matrices=False)
+    return back(U @ Vh, matrix)
 
 
 def norm(B: Tensor, A: Tensor) -> float:
@@ -179,7 +222,7 @@ def norm(B: Tensor, A: Tensor) -> float:
 
     Where `k` is larger than a side of the product, from the product, which is then smaller than those.
     """
-    B, A = B.double(), A.double()
+    B, A = to_exact(B).double(), to_exact(A).double()
     if B.shape[1] > min(B.shape[0], A.shape[1]):
         return float((B @ A).norm())
     return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
@@ -215,8 +258,8 @@ def recompress(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     if 2 * B.shape[1] > min(B.shape[0], A.shape[1]):
         return refactor(B @ A, rank)
-    left, R = torch.linalg.qr(B.double())
-    right, L = torch.linalg.qr(A.double().T)
+    left, R = torch.linalg.qr(to_exact(B).double())
+    right, L = torch.linalg.qr(to_exact(A).double().T)
     U, S, Vh = torch.linalg.svd(R @ L.T, full_matrices=False)
     root = S[:rank].sqrt()
-    return ((left @ U[:, :rank]) * root).to(B.dtype), (root[:, None] * (Vh[:rank] @ right.T)).to(A.dtype)
+    return back((left @ U[:, :rank]) * root, B), back(root[:, None] * (Vh[:rank] @ right.T), A)

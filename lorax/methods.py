@@ -7,7 +7,7 @@ method returns factors of the same rank and forms no `[m, n]` product. docs/meth
 import torch
 from torch import Tensor
 
-from .linalg import Subspace, polar, recompress, triplets
+from .linalg import Subspace, back, polar, recompress, to_exact, triplets
 
 Factors = tuple[Tensor, Tensor]
 
@@ -69,11 +69,11 @@ def orthogonal(B: Tensor, A: Tensor, W_s: Tensor, W_t: Tensor) -> Factors:
     update reads, so that the rank stays and `A` too. Ours; docs/results.md measures it.
     """
     U, S, V = triplets(A, A.shape[0])
-    F = ((W_t - W_s) @ V.to(A.dtype)).double()  # in the basis V
-    along = (B.double() @ (U * S) * F).sum()
+    F = to_exact((W_t - W_s) @ back(V, A)).double()  # in the basis V
+    along = (to_exact(B).double() @ (U * S) * F).sum()
     if not along > 0:
         return B, A
-    return B - (along / F.square().sum() * F @ (U / S).T).to(B.dtype), A
+    return B - back(along / F.square().sum() * F @ (U / S).T, B), A
 
 
 def _same_sizes(s: Subspace, t: Subspace) -> tuple[bool, bool]:

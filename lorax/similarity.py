@@ -17,7 +17,7 @@ from .base import Base
 from .engine import CPU, Engine
 from .errors import MismatchError, OptionError
 from .layers import Layer
-from .linalg import Subspace, decompose, gram, near_one
+from .linalg import Subspace, decompose, gram, near_one, to_exact
 from .progress import Progress, counter, silent, unheard
 
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
@@ -99,11 +99,11 @@ def _add(groups: Groups, layer: Tensor | Subspace) -> None:
         factors = layer, layer.T
     held = [group.held(X) for group, X in zip(groups, factors, strict=True)]
     if isinstance(layer, Subspace):
-        energy = layer.S.double().square()
+        energy = to_exact(layer.S).double().square()
         trace, norm = float(energy.sum()), float(energy.norm())
     else:
         X, G = min(zip(factors, held, strict=True), key=lambda pair: pair[0].shape[0])
-        G = gram(X) if G is X else G
+        G = to_exact(gram(X) if G is X else G)
         trace, norm = float(G.diagonal().double().sum()), float(torch.linalg.vector_norm(G.double()))
     for group, of in zip(groups, held, strict=True):
         group.sides.append(_Side(trace, norm, of))

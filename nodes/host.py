@@ -5,8 +5,7 @@ import html
 import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import comfy.lora
@@ -24,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
 from ..lorax.base import Base, loaded_base
 from ..lorax.cache import open_cache
-from ..lorax.engine import Engine
+from ..lorax.engine import Engine, or_on_cpu
 from ..lorax.errors import FormatError, MismatchError, OptionError, OutputError, printable
 from ..lorax.layers import Layer
 from ..lorax.progress import Progress
@@ -218,7 +217,7 @@ def _patch(target: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, Key], 
 def compute(work: Callable[[Engine, Progress], Result], steps: int, *, cache: bool = True) -> Result:
     """Run `work(engine, progress)` on the host's device, with its progress bar and its cancel button.
 
-    Out of GPU memory, the work is done again on the CPU.
+    Where the device fails, out of memory or otherwise, the work is done again on the CPU; a line in the log says so.
 
     Args:
         work: Computes something; calls `progress` often.
@@ -232,17 +231,17 @@ def compute(work: Callable[[Engine, Progress], Result], steps: int, *, cache: bo
         bar.update_absolute(done, total)
 
     device = management.get_torch_device()
-    on_cpu = Engine(cache=open_cache() if cache else None)
-    if device.type == "cpu":
-        return work(on_cpu, progress)
+
+    def begun(engine: Engine) -> Result:
+        if engine.device != "cpu":
+            management.free_memory(WORKSPACE_BYTES, device)
+        return work(engine, progress)
+
     try:
-        management.free_memory(WORKSPACE_BYTES, device)
-        return work(replace(on_cpu, device=str(device)), progress)
-    except management.OOM_EXCEPTION:
-        management.soft_empty_cache()
-        return work(on_cpu, progress)
+        return or_on_cpu(begun, Engine(str(device), cache=open_cache() if cache else None))
     finally:
-        management.soft_empty_cache()
+        with suppress(RuntimeError):  # a device that failed may not even let go of its memory
+            management.soft_empty_cache()
 
 
 @contextmanager
@@ -320,7 +319,7 @@ def _loss(patcher: Any, pictures: Sequence[tuple[Tensor, Any]], dtype: torch.dty
     sigma = torch.tensor([float(sampling.percent_to_sigma(float(time))) for time in times])
     sigma = sigma.clamp(float(sampling.sigma_min), float(sampling.sigma_max)).to(latent)
     noisy = sampling.noise_scaling(sigma, torch.randn(latent.shape).to(latent), latent, False)
-    with torch.autocast(latent.device.type, dtype, enabled=dtype != torch.float32):
+    with _computing_in(dtype, latent.device.type):
         denoised = _denoised(patcher, noisy, sigma, [cond for _, cond in pictures])
     # What a prediction of 1 changes: the error of the denoised latent, divided by it, is that of the prediction.
     one = torch.ones_like(latent[:, :1])
@@ -340,6 +339,12 @@ def _denoised(patcher: Any, noisy: Tensor, sigma: Tensor, conds: Sequence[Any]) 
         out = patcher.model.apply_model(noisy[some], sigma[some], transformer_options=options, **cond)
         found |= {i: out[place] for place, i in enumerate(some)}
     return torch.stack([found[i] for i in range(len(parts))])
+
+
+def _computing_in(dtype: torch.dtype, device: str) -> AbstractContextManager[Any]:
+    """Return a context that casts to a dtype; where the device has none, what the host itself casts must do."""
+    casts = dtype != torch.float32 and torch.amp.is_autocast_available(device)
+    return torch.autocast(device, dtype) if casts else nullcontext()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..linalg import back, to_exact
 from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
 
 
@@ -60,9 +61,9 @@ class FouraLayer(ScaledLayer):
 
     def _factors(self, parts: Parts) -> tuple[Tensor, Tensor]:
         # A circulant acts on rows as a filter does on signals: in the frequencies, without being formed.
-        gated = torch.fft.fft(parts["foura_up"].reshape(-1, self.rank), dim=1)
-        up = torch.fft.ifft(gated * _symmetric(parts["foura_gate"]), dim=1).real
-        return up * self.scale, parts["foura_down"].reshape(self.rank, -1)
+        gated = torch.fft.fft(to_exact(parts["foura_up"]).reshape(-1, self.rank), dim=1)
+        up = torch.fft.ifft(gated * _symmetric(to_exact(parts["foura_gate"])), dim=1).real
+        return back(up * self.scale, parts["foura_up"]), parts["foura_down"].reshape(self.rank, -1)
 
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         B, A = self._factors(parts)

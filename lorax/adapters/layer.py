@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import FormatError, MismatchError, NumericsError
 from ..layers import Layer
-from ..linalg import all_finite, norm
+from ..linalg import all_finite, norm, to_exact
 from .dora import decomposed, with_magnitude_of
 
 # What an update may be; more is refused, before a small file makes much memory. The numbers are ours.
@@ -213,7 +213,7 @@ class AdapterLayer(ABC):
         """
         if self.is_thin:
             return norm(*self.factors())
-        return float(torch.linalg.vector_norm(self.delta_weight(weight), dtype=torch.float64))
+        return float(torch.linalg.vector_norm(to_exact(self.delta_weight(weight)), dtype=torch.float64))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is written after `<module>.`, in the spelling of kohya and LyCORIS, `alpha` included."""

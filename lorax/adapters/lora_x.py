@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..base import Base
 from ..errors import MismatchError
-from ..linalg import Subspace, decompose
+from ..linalg import Subspace, decompose, to_exact
 from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
 
 
@@ -47,7 +47,7 @@ class LoraXLayer(AdapterLayer):
 
     def norm(self, weight: Tensor | None = None) -> float:
         """Return `||delta_weight||_F`, which is that of `delta`; no weight is needed."""
-        return float(self.delta.double().norm())
+        return float(to_exact(self.delta).double().norm())
 
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         if weight is None:  # delta_weight has seen to it

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MismatchError
+from ..linalg import back, to_exact
 from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
 
 
@@ -70,8 +71,9 @@ class OftLayer(AdapterLayer):
         length = float(Q.norm())
         if 0 < constraint < length:
             Q = Q * (constraint / length)
+        Q = to_exact(Q)
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        return torch.linalg.solve(eye - Q, eye + Q)  # the two factors commute
+        return back(torch.linalg.solve(eye - Q, eye + Q), blocks)  # the two factors commute
 
     def _stored_alpha(self) -> float:
         return self.alpha or 0.0  # ComfyUI fails on a BOFT without one

@@ -46,7 +46,8 @@ class _Recording(Engine):
         self.asked.append((base, name, rank, accuracy))
         m, n = base.layers[name].matrix_shape
         r = min(m, n, rank)
-        return Subspace(torch.zeros(m, r), torch.zeros(r), torch.zeros(r, n))
+        U, S, Vh = (torch.zeros(*shape, device=self.device) for shape in ((m, r), (r,), (r, n)))
+        return Subspace(U, S, Vh)
 
 
 @dataclass(frozen=True, slots=True)

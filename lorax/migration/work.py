@@ -13,7 +13,7 @@ import torch
 
 from ..adapters import Adapter, load_adapter, save_adapter
 from ..base import Base, open_base
-from ..engine import Engine
+from ..engine import Engine, or_on_cpu
 from ..errors import FileError, LoraxError, OutputError, printable
 from ..matching import Assignment
 from ..output import make_folder
@@ -147,20 +147,23 @@ def transferred(
 ) -> tuple[Adapter, TransferReport]:
     """Return `lorax.transfer_adapter` with the bases and the options of a task."""
     options = task.options
-    return transfer_adapter(
-        adapter,
-        opened(task.source),
-        opened(task.target),
-        method=options.method,
-        rank=options.rank,
-        lora_rank=options.lora_rank,
-        threshold=options.threshold,
-        matching=options.matching,
-        assignment=assignment,
-        dora=options.dora,
-        output_format=options.format,
-        dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
-        engine=engine,
+    return or_on_cpu(
+        lambda engine: transfer_adapter(
+            adapter,
+            opened(task.source),
+            opened(task.target),
+            method=options.method,
+            rank=options.rank,
+            lora_rank=options.lora_rank,
+            threshold=options.threshold,
+            matching=options.matching,
+            assignment=assignment,
+            dora=options.dora,
+            output_format=options.format,
+            dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
+            engine=engine,
+        ),
+        engine,
     )
 
 
