@@ -9,6 +9,7 @@ from typing import Any
 PLACES = (Path(__file__).parent / "web", Path(__file__).parents[1] / "web")
 # Each after what it imports.
 SCRIPTS = (
+    "checks",
     "elements",
     "texts",
     "names",

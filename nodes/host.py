@@ -1,7 +1,6 @@
 """The only file that knows ComfyUI: its models, devices, folders, progress and cancel button."""
 
 import functools
-import html
 import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -506,16 +505,22 @@ def free_path(folder: str, prefix: str) -> tuple[str, str]:
 
 
 def show(text: str, node_id: str | None) -> None:
-    """Show text on the face of a node while the graph runs.
-
-    The host's front end takes it for HTML, and `[[words|address]]` for a link. Names in it come from files: they are
-    shown as they are.
-    """
+    """Show text on the face of a node while the graph runs; names in it come from files, and are shown as they are."""
     from server import PromptServer
 
     if node_id is not None:
-        plain = "\n".join(map(printable, text.split("\n")))
-        PromptServer.instance.send_progress_text(html.escape(plain, quote=False).replace("[[", "&#91;["), node_id)
+        PromptServer.instance.send_progress_text(as_text(text), node_id)
+
+
+def as_text(text: str) -> str:
+    """Return text so that a page shows it as it is, whether it takes it for HTML or for Markdown.
+
+    The host's classic canvas takes it for HTML and makes links of addresses and of `[[words|address]]`, its Vue nodes
+    take it for Markdown, of which an image is fetched. A sign that is written by its number means nothing in either; two
+    blanks end a line in Markdown.
+    """
+    lines = (printable(line).strip() for line in text.split("\n"))
+    return "  \n".join("".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in line) for line in lines)
 
 
 def send(event: str, data: Mapping[str, Any]) -> None:

@@ -18,12 +18,31 @@ const WAITING = 44; // height of a view that has nothing to show yet
 const NODES = {
   [SIMILARITY]: { key: "lorax_similarity", height: 740, pack: (data) => data, attach: attachSimilarity },
   [TRANSFER]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
-  [TRAIN]: { key: "lorax_loss", height: 190, pack: (data) => data, attach: attachLoss },
+  [TRAIN]: { key: "lorax_loss", height: 190, pack: (data) => data, attach: lossView },
 };
 const views = new WeakMap(); // node -> what its attach function returned
+let telling = 0; // the timer of `tellSoon`
+
+/** Return what the workflow file keeps of a view, whatever its author put there. */
+function keptOf(node) {
+  const { data, state } = node.properties[KEPT] ?? {};
+  return { data, state };
+}
 
 function keep(node, values) {
-  node.properties[KEPT] = { ...node.properties[KEPT], ...values };
+  node.properties[KEPT] = { ...keptOf(node), ...values };
+}
+
+/** Do something with the view of a node; where that fails the view says so, and the graph goes on. */
+function withView(node, work) {
+  const view = views.get(node);
+  if (!view) return;
+  try {
+    work(view);
+  } catch (error) {
+    console.warn("lorax:", error);
+    view.fail(say("failed", { what: error.message }));
+  }
 }
 
 function attachSimilarity(node) {
@@ -40,15 +59,11 @@ function attachSimilarity(node) {
     follow();
     view.setKept(reportOf(node));
   }
-  return {
-    element: view.element,
-    show: (data, state) => {
-      view.show(data, state);
-      followReports();
-    },
-    follow,
-    followReports,
+  const show = (data, state) => {
+    view.show(data, state);
+    followReports();
   };
+  return { ...view, show, follow, followReports };
 }
 
 function attachReport(node) {
@@ -57,23 +72,19 @@ function attachReport(node) {
     view.show(data, state);
     tellAll("followReports");
   };
-  return { element: view.element, show };
+  return { ...view, show };
 }
 
-function attachLoss() {
-  const { element, show } = lossView();
-  return { element, show };
-}
-
-/** Return the nodes that take what an output of a node gives, through reroutes. */
-function takers(node, slot) {
-  const links = node.outputs?.[slot]?.links ?? [];
-  return links.flatMap((id) => {
+/** Return the nodes that take what an output of a node gives, through reroutes, each once. */
+function takers(node, slot, seen = new Set()) {
+  for (const id of node.outputs?.[slot]?.links ?? []) {
     const link = node.graph?.getLink?.(id) ?? node.graph?.links?.[id];
     const taker = link && node.graph.getNodeById(link.target_id);
-    if (!taker) return [];
-    return taker.type === "Reroute" ? takers(taker, 0) : [taker];
-  });
+    if (!taker || seen.has(taker)) continue;
+    seen.add(taker);
+    if (taker.type === "Reroute") takers(taker, 0, seen);
+  }
+  return [...seen];
 }
 
 function transfersOf(node) {
@@ -99,7 +110,7 @@ function setThreshold(node, value) {
 function reportOf(node) {
   const shares = transfersOf(node).map((transfer) => {
     try {
-      return [...keptShares(readReport(transfer.properties[KEPT]?.data))];
+      return [...keptShares(readReport(keptOf(transfer).data))];
     } catch {
       return []; // its own view says what is wrong with it
     }
@@ -111,7 +122,13 @@ function reportOf(node) {
 function tellAll(what) {
   const root = app.rootGraph ?? app.graph;
   const graphs = [root, ...(root?.subgraphs?.values() ?? [])];
-  for (const node of graphs.flatMap((graph) => graph?.nodes ?? [])) views.get(node)?.[what]?.();
+  for (const node of graphs.flatMap((graph) => graph?.nodes ?? [])) withView(node, (view) => view[what]?.());
+}
+
+/** Tell once of many changes: a workflow that is loaded makes one for every link. */
+function tellSoon() {
+  clearTimeout(telling);
+  telling = setTimeout(() => tellAll("followReports"));
 }
 
 /** Take away the text that the node shows where there is no view: the view says the same. */
@@ -128,8 +145,8 @@ function grow(node) {
 }
 
 function showKept(node) {
-  const { data, state } = node.properties[KEPT] ?? {};
-  if (data !== undefined) views.get(node).show(data, state);
+  const { data, state } = keptOf(node);
+  if (data !== undefined) withView(node, (view) => view.show(data, state));
 }
 
 function attach(node) {
@@ -139,17 +156,17 @@ function attach(node) {
   const widget = node.addDOMWidget("lorax_view", "lorax_view", view.element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => (node.properties[KEPT]?.data === undefined ? WAITING : height),
+    getMinHeight: () => (keptOf(node).data === undefined ? WAITING : height),
     getValue: () => "",
     setValue: () => {},
   });
   widget.serialize = false;
   chain(node, "onConfigure", () => showKept(node));
-  chain(node, "onConnectionsChange", () => setTimeout(() => tellAll("followReports")));
+  chain(node, "onConnectionsChange", tellSoon);
   chain(node, "onExecuted", (output) => {
     const data = output?.[key]?.[0];
     if (data === undefined) return;
-    keep(node, { data: pack(data) });
+    withView(node, () => keep(node, { data: pack(data) }));
     showKept(node);
     withoutText(node);
     grow(node);

@@ -1,6 +1,8 @@
 /** A loss curve: what the training node sends, as points in a box. Nothing here knows a browser. */
 
-import { list, number, Problem } from "./similarity_data.js";
+import { list, number, Problem } from "./checks.js";
+
+const MOST_POINTS = 10_000; // the node sends 500
 
 /**
  * Read the losses so far: `{steps, losses, total}`.
@@ -8,12 +10,13 @@ import { list, number, Problem } from "./similarity_data.js";
  * @throws {Problem} what came is damaged or empty
  */
 export function readLoss(data) {
-  const [steps, losses] = [list(data?.steps, "steps"), list(data?.losses, "losses")];
+  const [steps, losses] = ["steps", "losses"].map((part) => list(data?.[part], part, MOST_POINTS));
   if (steps.length !== losses.length) throw new Problem("damaged", { what: "losses" });
   const points = steps.map((step, i) => ({ step: number(step, "steps"), loss: number(losses[i], "losses") }));
-  const known = points.filter(({ loss }) => !Number.isNaN(loss));
+  const known = points.filter(({ step, loss }) => !Number.isNaN(step + loss));
   if (!known.length) throw new Problem("waiting_loss");
-  return { points: known, total: Math.max(number(data.total, "total"), known.at(-1).step) };
+  const total = number(data.total, "total");
+  return { points: known, total: Math.max(Number.isNaN(total) ? 0 : total, known.at(-1).step) };
 }
 
 /** Return the line of points in a box of a width and height, and a running mean over a twentieth of the points. */

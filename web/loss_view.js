@@ -1,8 +1,8 @@
 /** The loss of a training while it runs. */
 
+import { Problem } from "./checks.js";
 import { draw, make } from "./elements.js";
 import { lossLines, readLoss } from "./loss_data.js";
-import { Problem } from "./similarity_data.js";
 import { say } from "./texts.js";
 
 const [WIDTH, HEIGHT] = [300, 110];
@@ -25,6 +25,7 @@ export function lossView() {
   fail(say("waiting_loss"));
   return {
     element,
+    fail,
     /** Show all points so far; where they cannot be read, say why. */
     show(data) {
       let loss;

@@ -1,7 +1,7 @@
 /** What the transfer view shows, from the JSON of a transfer (`lorax/report.schema.json`); its form in a workflow. */
 
+import { checkSchema, item, list, number, Problem, word } from "./checks.js";
 import { shortBlock } from "./names.js";
-import { checkSchema, list, number, Problem } from "./similarity_data.js";
 
 const REPORT_SCHEMA = "lorax-transfer";
 /** What became of a layer, and its sign; those of ARRIVED have an update in the result. */
@@ -29,15 +29,15 @@ export function readReport(data) {
   const plain = data?.schema === PACKED ? unpackReport(data) : data;
   checkSchema(plain, REPORT_SCHEMA);
   const rows = list(plain.rows, "rows").map((row) => {
-    if (typeof row?.source !== "string" || !(row.outcome in SIGNS)) throw new Problem("damaged", { what: "rows" });
+    if (!Object.hasOwn(SIGNS, word(row?.outcome, "rows"))) throw new Problem("damaged", { what: "rows" });
     return {
-      source: row.source,
-      target: String(row.target ?? ""),
+      source: word(row.source, "rows"),
+      target: word(row.target ?? "", "rows"),
       outcome: row.outcome,
       arrived: ARRIVED.includes(row.outcome),
-      method: String(row.method ?? ""),
-      rank: row.rank,
-      note: String(row.note ?? ""),
+      method: word(row.method ?? "", "rows"),
+      rank: number(row.rank ?? null, "rows"),
+      note: word(row.note ?? "", "rows"),
       left: number(row.left?.phi ?? null, "rows"),
       right: number(row.right?.phi ?? null, "rows"),
       corrected: number(row.corrected ?? null, "rows"),
@@ -50,23 +50,24 @@ export function readReport(data) {
   if (!rows.length) throw new Problem("no_layers");
   const through = new Set(rows.filter((row) => row.arrived).map((row) => row.source));
   for (const row of rows) if (row.outcome === UNREAD) through.delete(row.source);
+  const unused = typeof plain.unused === "object" ? Object.entries(plain.unused ?? {}) : [];
   return {
-    adapter: String(plain.adapter),
-    source: String(plain.source),
-    target: String(plain.target),
-    method: String(plain.method),
-    rank: plain.rank,
+    adapter: word(plain.adapter, "names"),
+    source: word(plain.source, "names"),
+    target: word(plain.target, "names"),
+    method: word(plain.method, "method"),
+    rank: number(plain.rank, "rank"),
     threshold: number(plain.threshold, "threshold"),
-    summary: String(plain.summary),
-    warnings: list(plain.warnings, "warnings").map(String),
+    summary: word(plain.summary, "summary"),
+    warnings: list(plain.warnings, "warnings").map((warning) => word(warning, "warnings")),
     kept: number(plain.retained_energy, "retained_energy"),
     strength: number(plain.suggested_strength, "suggested_strength"),
     layers,
     arrived: through.size,
     isMeasured: rows.every((row) => row.arrived || !Number.isNaN(row.kept)),
     rows,
-    unused: Object.entries(plain.unused ?? {}),
-    unusedCount: plain.unused_count ?? Object.keys(plain.unused ?? {}).length,
+    unused,
+    unusedCount: number(plain.unused_count ?? unused.length, "unused_count"),
   };
 }
 
@@ -145,20 +146,20 @@ export function packReport(report) {
 }
 
 function unpackReport({ words, rows, ...rest }) {
-  const word = (place) => list(words, "words")[place];
+  const said = (place) => item(list(words, "words"), place, "words");
   const opened = list(rows, "rows").map((row) => {
     const [source, target, outcome, method, rank, left, right, corrected, kept, note] = list(row, "rows");
     return {
       source,
       target: target === 0 ? source : target,
-      outcome: word(outcome),
-      method: word(method),
+      outcome: said(outcome),
+      method: said(method),
       rank,
       left: { phi: left },
       right: { phi: right },
       corrected,
       retained_energy: kept,
-      note: word(note),
+      note: said(note),
     };
   });
   return { ...rest, schema: REPORT_SCHEMA, rows: opened };

@@ -1,10 +1,12 @@
 /** What a transfer did: what arrived, how strong it will be, what was skipped and why, layer by layer. */
 
 import { bars } from "./bars.js";
+import { Problem, readState } from "./checks.js";
 import { make } from "./elements.js";
 import { effect, outcomes, readReport, reportText, shortLayer, SIGNS } from "./report_data.js";
-import { Problem } from "./similarity_data.js";
 import { say } from "./texts.js";
+
+const REPORT_STATE = { outcome: "", pinned: "" }; // what the user chose
 
 /**
  * Return the view.
@@ -27,7 +29,7 @@ export function reportView({ onState }) {
       describe(row);
     },
   });
-  let [report, rows, state] = [null, [], { outcome: "", pinned: "" }];
+  let [report, rows, state] = [null, [], { ...REPORT_STATE }];
 
   function change(values) {
     state = { ...state, ...values };
@@ -62,7 +64,7 @@ export function reportView({ onState }) {
         `lorax-${grade}`,
       ),
       figure(
-        suggested ? strength.toFixed(2) : "–",
+        digits(strength, 2),
         say(suggested ? "strength" : "no_strength"),
         suggested ? Math.min(strength / 4, 1) : 0,
       ),
@@ -104,7 +106,7 @@ export function reportView({ onState }) {
 
   function describe(shown) {
     const { row } = shown ?? rows.find(({ key }) => key === state.pinned) ?? {};
-    const number = (key) => `${say(key)} ${Number.isNaN(row[key]) ? "–" : row[key].toFixed(3)}`;
+    const number = (key) => `${say(key)} ${digits(row[key], 3)}`;
     const method = row?.method && (row.rank ? say("method_rank", row) : row.method);
     const lines = row
       ? [
@@ -126,8 +128,9 @@ export function reportView({ onState }) {
   fail(say("waiting_report"));
   return {
     element,
+    fail,
     /** Show the JSON of a transfer; where it cannot be read, say why. Returns what was read, or null. */
-    show(data, saved = {}) {
+    show(data, saved) {
       try {
         report = readReport(data);
       } catch (error) {
@@ -135,13 +138,17 @@ export function reportView({ onState }) {
         fail(say(error.message, error.values));
         return null;
       }
-      state = { ...state, ...saved };
+      state = readState(saved, REPORT_STATE);
       if (!outcomes(report.rows).some(([outcome]) => outcome === state.outcome)) state.outcome = "";
       element.replaceChildren(title, figures, warnings, chips, layers.element, details, copy);
       fill();
       return report;
     },
   };
+}
+
+function digits(value, count) {
+  return Number.isNaN(value) ? "–" : value.toFixed(count);
 }
 
 /** Put text on the clipboard; without a secure connection only the old way is there. Return whether it is there. */

@@ -1,44 +1,12 @@
 /** What the similarity view shows, from the JSON of `lorax/view.schema.json`. Nothing here knows a browser. */
 
+import { checkSchema, item, list, number, Problem, word } from "./checks.js";
 import { GROUP_NAMES, groupOf, stageOf } from "./names.js";
 
 const SIMILARITY_SCHEMA = "lorax-similarity-view";
+const MOST_CELLS = 2 ** 22; // of a map: 2,048 x 2,048 blocks
 const LOWEST = -0.27;
 const STEP = 0.005;
-
-/** Why there is nothing to show: the key of a text and what belongs into it. */
-export class Problem extends Error {
-  constructor(key, values = {}) {
-    super(key);
-    this.values = values;
-  }
-}
-
-/** Throw a Problem unless data says that it is of a schema and version that the views read. */
-export function checkSchema(data, schema) {
-  if (typeof data !== "object" || data === null) throw new Problem("damaged", { what: "JSON" });
-  if (data.schema !== schema || data.schema_version !== 1) {
-    throw new Problem("unknown_schema", { schema: data.schema, version: data.schema_version });
-  }
-}
-
-/** Return an array, or throw a Problem that says which one is missing. */
-export function list(value, what) {
-  if (!Array.isArray(value)) throw new Problem("damaged", { what });
-  return value;
-}
-
-/** Return a number, NaN where there is no value; throw a Problem for anything else. */
-export function number(value, what) {
-  if (value === null) return NaN;
-  if (typeof value !== "number" || !Number.isFinite(value)) throw new Problem("damaged", { what });
-  return value;
-}
-
-function item(values, place, what) {
-  if (!Number.isInteger(place) || place < 0 || place >= values.length) throw new Problem("damaged", { what });
-  return values[place];
-}
 
 /**
  * Read a similarity.
@@ -47,7 +15,7 @@ function item(values, place, what) {
  */
 export function readSimilarity(data) {
   checkSchema(data, SIMILARITY_SCHEMA);
-  const shapes = list(data.shapes, "shapes");
+  const shapes = list(data.shapes, "shapes").map((shape) => list(shape, "shapes").map((side) => number(side, "shapes")));
   const [sources, targets] = ["sources", "targets"].map((side) => readTable(data[side], shapes, side));
   const kinds = list(data.kinds, "kinds").map((kind) => readKind(kind, sources, targets));
   const pairs = list(data.pairs, "pairs").map((pair) => {
@@ -63,16 +31,17 @@ export function readSimilarity(data) {
   if (pairs.length !== targets.length) throw new Problem("damaged", { what: "pairs" });
   if (!pairs.length) throw new Problem("no_layers");
   for (const { kind, sides } of kinds) for (const layer of sides.flat()) layer.group = groupOf(kind);
-  return { source: String(data.source), target: String(data.target), rank: data.rank, sources, targets, kinds, pairs };
+  const [source, target] = [data.source, data.target].map((name) => word(name, "names"));
+  return { source, target, rank: number(data.rank, "rank"), sources, targets, kinds, pairs };
 }
 
 function readTable(table, shapes, side) {
-  const [blocks, roles] = ["blocks", "roles"].map((part) => list(table?.[part], side));
+  const [blocks, roles] = ["blocks", "roles"].map((part) => list(table?.[part], side).map((name) => word(name, side)));
   return list(table.layers, side).map((entry) => {
     const [block, role, shape] = list(entry, side);
-    const place = String(item(blocks, block, side));
+    const place = item(blocks, block, side);
     const name = `${place}.${item(roles, role, side)}`;
-    return { name, block: place, stage: stageOf(place), shape: list(item(shapes, shape, side), side), group: "other" };
+    return { name, block: place, stage: stageOf(place), shape: item(shapes, shape, side), group: "other" };
   });
 }
 
@@ -81,7 +50,8 @@ function readKind(kind, sources, targets) {
     list(kind?.sources, "kinds").map((place) => item(sources, place, "kinds")),
     list(kind.targets, "kinds").map((place) => item(targets, place, "kinds")),
   ];
-  const found = { kind: String(kind.kind), group: groupOf(String(kind.kind)), sides, values: null };
+  const name = word(kind.kind, "kinds");
+  const found = { kind: name, group: groupOf(name), sides, values: null };
   if (kind.corrected === null) return found;
   let bytes = "";
   try {
@@ -118,6 +88,7 @@ export function chosenPairs(model, filter) {
 /**
  * Return the map of blocks: for each source block and target block the mean over the kinds of layer that both have.
  * @returns `rows` and `columns` (names of blocks), `values` and `counts` (row by row), or null where no pairs were kept
+ *   or the map would be too large
  */
 export function blockMap(model, filter) {
   if (model.kinds.some(({ values }) => values === null)) return null;
@@ -125,6 +96,7 @@ export function blockMap(model, filter) {
     ...new Set(layers.filter((layer) => chosen(layer, filter)).map(({ block }) => block)),
   ]);
   const [rows, columns] = names;
+  if (rows.length * columns.length > MOST_CELLS) return null;
   const [rowOf, columnOf] = names.map((blocks) => new Map(blocks.map((block, i) => [block, i])));
   const values = new Float32Array(rows.length * columns.length);
   const counts = new Uint16Array(values.length);

@@ -1,6 +1,7 @@
 /** The similarity of two bases: a map of blocks, a threshold, and the layers with their values. */
 
 import { bars } from "./bars.js";
+import { Problem, readState } from "./checks.js";
 import { keepKeys, make } from "./elements.js";
 import { heatMap, legend } from "./heatmap.js";
 import { shortBlock } from "./names.js";
@@ -12,13 +13,13 @@ import {
   histogram,
   isAbove,
   pairedCells,
-  Problem,
   readSimilarity,
 } from "./similarity_data.js";
 import { say } from "./texts.js";
 import { HIGH, LOW, STEPS, thresholdSlider } from "./threshold.js";
 
 const MANY = 1000;
+const SIMILARITY_STATE = { group: "", stage: "", pinned: "", threshold: 0 }; // what the user chose
 const LEAST = -0.265; // the map keeps no lower values, see lorax/view.py
 
 /**
@@ -31,7 +32,7 @@ export function similarityView({ onState, onThreshold, note }) {
   const element = make("div", { class: "lorax-view lorax-similarity" });
   let [model, map, pairs, kept] = [null, null, [], new Map()];
   let [rows, cellCounts] = [[], new Map()];
-  let state = { group: "", stage: "", pinned: "", threshold: 0 };
+  let state = { ...SIMILARITY_STATE };
 
   const title = make("div", { class: "lorax-title" });
   const message = make("div", { class: "lorax-message", role: "status" });
@@ -192,15 +193,16 @@ export function similarityView({ onState, onThreshold, note }) {
   fail(say("waiting_similarity"));
   return {
     element,
+    fail,
     /** Show the JSON of a similarity; where it cannot be read, say why. */
-    show(data, saved = {}) {
+    show(data, saved) {
       try {
         model = readSimilarity(data);
       } catch (error) {
         if (!(error instanceof Problem)) throw error;
         return fail(say(error.message, error.values));
       }
-      state = { ...state, ...saved };
+      state = readState(saved, { ...SIMILARITY_STATE, threshold: state.threshold });
       const offered = choices(model);
       state.group = options(selects.group.box, offered.groups, state.group, (group) => say(`group_${group}`));
       state.stage = options(selects.stage.box, offered.stages, state.stage, String);
@@ -210,9 +212,9 @@ export function similarityView({ onState, onThreshold, note }) {
       element.replaceChildren(...parts);
       filter();
     },
-    /** Follow a threshold that was set elsewhere. */
+    /** Follow a threshold that was set elsewhere; what is no number sets none. */
     setThreshold(threshold) {
-      if (threshold === state.threshold) return;
+      if (threshold === state.threshold || !Number.isFinite(threshold)) return;
       state.threshold = threshold;
       if (model) refresh();
     },

@@ -7,6 +7,8 @@ export const ENGLISH = {
   unknown_schema:
     "This view cannot read {schema}, version {version}. Queue the workflow again, or use the lorax that wrote it.",
   damaged: "The report is damaged ({what}). Queue the workflow again.",
+  too_many: "The report has {count} {what}; this view shows at most {most}.",
+  failed: "This view cannot show what came ({what}). The other nodes are not concerned.",
   no_layers: "No layer to show.",
   many_layers: "{count} layers: choose a kind or a stage to see single ones.",
   no_map: "Too many pairs for a map; the layers are below.",
@@ -87,5 +89,5 @@ export function speak(translated) {
 
 /** Return a text, with its {names} replaced by values. */
 export function say(key, values = {}) {
-  return (texts[key] ?? key).replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
+  return (Object.hasOwn(texts, key) ? texts[key] : key).replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
 }

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from chromium import chromium, overlaps, picture, watched
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 READY = "() => Boolean(window.app?.graph && window.LiteGraph?.registered_node_types.LoraXTransfer)"
 DROP = """([text, name]) => {
@@ -301,6 +303,124 @@ def test_what_a_workflow_file_keeps_may_be_broken(host, browser):
             page.evaluate("app.graph.clear()")
         assert page.evaluate("window.hacked") is None
         nothing_wrong(page, host)
+
+
+SIDE = {"blocks": ["unet"], "roles": ["conv_in"], "layers": [[0, 0, 0]]}
+KIND = {"kind": "unet:conv_in", "sources": [0], "targets": [0], "corrected": "/w=="}
+ROW = {"source": "unet.conv_in", "target": "unet.conv_in", "outcome": "transferred", "corrected": 0.5}
+SOUND = {
+    "LoraXSimilarity": {"schema": "lorax-similarity-view", "schema_version": 1, "source": "a", "target": "b"}
+    | {"rank": None, "shapes": [[4, 4]], "sources": SIDE, "targets": SIDE, "kinds": [KIND], "pairs": [[0, 0, 1, 1, 1]]},
+    "LoraXTransfer": {"schema": "lorax-transfer", "schema_version": 1, "adapter": "x", "source": "a", "target": "b"}
+    | {"method": "auto", "rank": 1, "threshold": 0.0, "rows": [ROW], "layers": 1, "warnings": [], "unused": {}}
+    | {"summary": "", "retained_energy": 1.0, "suggested_strength": 1.0},
+    "LoraXTrain": {"steps": [1, 2], "losses": [1.0, 0.5], "total": 2},
+}  # fmt: skip
+POINTS = {"steps": [1] * 500_000, "losses": [1.0] * 500_000, "total": 1}
+BLOCKS = [f"unet.{i}" for i in range(60_000)]
+STATES = [5, "x", [], {"pinned": 5, "outcome": 5, "group": {}, "stage": 7}, {"threshold": None}, {"threshold": "x"}]
+STATES += [{"pinned": None, "threshold": 1e308}, {"pinned": {"split": 1}, "outcome": "toString", "group": "__proto__"}]
+HOSTILE = [{kind: {"data": data, "state": state} for kind, data in SOUND.items()} for state in STATES]
+HOSTILE += [{kind: value for kind in SOUND} for value in (5, "lorax", [], {"data": None}, {"state": 5})]
+HOSTILE += [
+    {
+        "LoraXSimilarity": {"data": SOUND["LoraXSimilarity"] | {"targets": SIDE | {"blocks": BLOCKS}}},
+        "LoraXTransfer": {"data": SOUND["LoraXTransfer"] | {"rows": [ROW | {"outcome": "toString"}]}},
+        "LoraXTrain": {"data": POINTS},
+    },
+    {
+        "LoraXSimilarity": {"data": SOUND["LoraXSimilarity"] | {"source": {"toString": 1}, "schema_version": {"a": 1}}},
+        "LoraXTransfer": {"data": SOUND["LoraXTransfer"] | {"adapter": {"toString": 1}, "rank": {"toString": 1}}},
+        "LoraXTrain": {"data": SOUND["LoraXTrain"] | {"total": {"valueOf": 1}}},
+    },
+]
+
+
+def hostile(kept):
+    """A workflow whose first nodes keep what they should not, and feed reroutes that go round; others come after."""
+    workflow = graph(threshold=0.25)
+    numbers = {entry["type"]: entry["id"] for entry in workflow["nodes"]}
+    basics = {"flags": {}, "mode": 0, "order": 9, "properties": {}, "outputs": []}
+    rounds = [[101, 102], [102, 103], [103, 102]]
+    links = [[100 + i, numbers["LoraXSimilarity"] if i == 0 else a, 0, b, 0, "*"] for i, (a, b) in enumerate(rounds)]
+    for number in (102, 103):
+        into = next(link[0] for link in reversed(links) if link[3] == number)
+        outs = [link[0] for link in links if link[1] == number]
+        sockets = {"inputs": [{"name": "", "type": "*", "link": into}]}
+        sockets |= {"outputs": [{"name": "", "type": "*", "links": outs}]}
+        reroute = basics | {"id": number, "type": "Reroute", "pos": [0, 700 + number], "size": [75, 26]} | sockets
+        workflow["nodes"].append(reroute)
+    train = {"id": 110, "type": "LoraXTrain", "pos": [0, 1000], "size": [400, 600]}
+    latent = {"id": 111, "type": "EmptyLatentImage", "pos": [500, 1000], "size": [300, 150]}
+    workflow["nodes"] += [basics | train, basics | latent | {"widgets_values": [640, 704, 3]}]
+    workflow["links"] += links
+    for entry in workflow["nodes"]:
+        if entry["type"] == "LoraXSimilarity":
+            entry["outputs"][0]["links"].append(100)
+        entry["properties"] = {"lorax": kept[entry["type"]]} if entry["type"] in kept else {}
+    return workflow | {"last_node_id": 111, "last_link_id": 102}
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_a_hostile_workflow_harms_no_other_node(host, browser, vue):
+    if vue:
+        vue_nodes(host)
+    with front_end(host, browser, vue) as page:
+        for kept in HOSTILE:
+            drop(page, hostile(kept))
+            values = page.evaluate(f"({NODE})('EmptyLatentImage').widgets.map(({{ value }}) => value)")
+            assert values == [640, 704, 3]
+            loaders = page.evaluate("app.graph.nodes.filter(({ type }) => type === 'CheckpointLoaderSimple')"
+                                    ".map(({ widgets }) => widgets[0].value)")  # fmt: skip
+            assert loaders == ["sd15-base.safetensors", "sd15-tuned.safetensors"]
+            assert threshold_widget(page) == 0.25
+            assert page.locator(".lorax-view").count() == 3
+            assert all(text.strip() for text in page.locator(".lorax-view").all_inner_texts())
+            page.evaluate("app.graph.clear()")
+        nothing_wrong(page, host)
+
+
+MARKUP = (
+    "![x](http://127.0.0.1:9/a.png) <img src=http://127.0.0.1:9/b.png> [[y|http://127.0.0.1:9]] `z` **w** http://u.v"
+)
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_names_from_a_file_are_shown_as_they_are_and_nothing_is_fetched(host, browser, vue):
+    """The text on a running node, which one canvas takes for HTML and the other for Markdown; and an error."""
+    lora = {f"lora_unet_x.lora_{side}.weight": torch.ones(2, 2) for side in ("up", "down")}
+    save_file({MARKUP: torch.ones(1)} | lora, host.base / "models/loras/markup.safetensors")
+    (host.base / "models/loras/wrong.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0" + MARKUP.encode())
+    with front_end(host, browser, vue) as page:
+        page.evaluate(LOAD, "markup.safetensors")
+        at_scale(page, 1)
+        queue(page)
+        page.wait_for_function("words => document.body.innerText.includes(words)", arg=MARKUP)
+        picture(page, f"markup-{'vue' if vue else 'classic'}")
+        marked = "img[src*='127.0.0.1:9'], a[href*='127.0.0.1:9'], a[href*='u.v']"
+        assert page.locator(marked).count() == 0
+        page.evaluate(LOAD, "wrong.safetensors")
+        page.evaluate("window.ended = null")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_function("() => window.ended", timeout=120_000)
+        page.wait_for_timeout(1000)
+        assert page.evaluate("window.ended[0]") == "execution_error"
+        assert page.locator(marked).count() == 0
+        assert not [url for url in page.requests if "127.0.0.1:9/" in url or "u.v" in url]
+
+
+LOAD = """name => {
+    app.graph.clear();
+    const [loader, text] = ["LoraXLoader", "PreviewAny"].map((type, place) => {
+        const node = LiteGraph.createNode(type);
+        app.graph.add(node);
+        node.pos = [20 + 700 * place, 60];
+        return node;
+    });
+    loader.setSize([650, 300]);
+    loader.widgets.find((one) => one.name === "lora_name").value = name;
+    loader.connect(1, text, 0);
+}"""
 
 
 TRAIN = """() => {

@@ -14,7 +14,7 @@ test.each(files)("%s imports files beside it; only host.js the front end", (name
   }
 });
 
-test.each(files.filter((name) => /_data|names|colours|texts/.test(name)))("%s knows no browser", (name) => {
+test.each(files.filter((name) => /_data|checks|names|colours|texts/.test(name)))("%s knows no browser", (name) => {
   expect(read(name)).not.toMatch(/\b(document|window|navigator)\./);
 });
 

@@ -1,7 +1,7 @@
 import { describe, expect, test } from "vitest";
 
 import { effect, keptShares, outcomes, packReport, readReport, reportText, shortLayer } from "../../web/report_data.js";
-import { Problem } from "../../web/similarity_data.js";
+import { Problem } from "../../web/checks.js";
 import { report } from "./sources.js";
 
 test("a report comes back from the workflow file as it was, numbers to four digits", () => {

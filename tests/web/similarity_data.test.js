@@ -1,5 +1,6 @@
 import { describe, expect, test } from "vitest";
 
+import { Problem } from "../../web/checks.js";
 import {
   blockMap,
   choices,
@@ -7,7 +8,6 @@ import {
   countAbove,
   histogram,
   pairedCells,
-  Problem,
   readSimilarity,
 } from "../../web/similarity_data.js";
 import { similarity } from "./sources.js";

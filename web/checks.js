@@ -1,0 +1,60 @@
+/** What readers of data ask of it: it lies in workflow files, which anybody may have written. Knows no browser. */
+
+/** As many as a file may hold tensors (lorax/tensorfile.py); models have some thousand layers. */
+export const MOST_ITEMS = 20_000;
+const LARGEST = 3.5e38; // beyond every float32
+const MOST_CHARACTERS = 10_000; // ten times the longest name of a tensor that is read
+
+/** Why there is nothing to show: the key of a text and what belongs into it. */
+export class Problem extends Error {
+  constructor(key, values = {}) {
+    super(key);
+    this.values = values;
+  }
+}
+
+/** Throw a Problem unless data says that it is of a schema and version that the views read. */
+export function checkSchema(data, schema) {
+  if (typeof data !== "object" || data === null) throw new Problem("damaged", { what: "JSON" });
+  if (data.schema === schema && data.schema_version === 1) return;
+  const [found, version] = [data.schema, data.schema_version].map((value) =>
+    ["string", "number"].includes(typeof value) ? String(value).slice(0, 100) : "?",
+  );
+  throw new Problem("unknown_schema", { schema: found, version });
+}
+
+/** Return an array, or throw a Problem that says which one is missing or has more than `most` items. */
+export function list(value, what, most = MOST_ITEMS) {
+  if (!Array.isArray(value)) throw new Problem("damaged", { what });
+  if (value.length > most) throw new Problem("too_many", { what, count: value.length, most });
+  return value;
+}
+
+/** Return a number, NaN where there is no value; throw a Problem for anything else. */
+export function number(value, what) {
+  if (value === null) return NaN;
+  if (typeof value !== "number" || !(Math.abs(value) <= LARGEST)) throw new Problem("damaged", { what });
+  return value;
+}
+
+/** Return a text; throw a Problem for anything else, and for one that is too long to be shown. */
+export function word(value, what) {
+  if (typeof value !== "string" || value.length > MOST_CHARACTERS) throw new Problem("damaged", { what });
+  return value;
+}
+
+/** Return the item at a place; throw a Problem where there is none. */
+export function item(values, place, what) {
+  if (!Number.isInteger(place) || place < 0 || place >= values.length) throw new Problem("damaged", { what });
+  return values[place];
+}
+
+/** Return what a file keeps of the state of a view: the values that are of the kind of the defaults, else those. */
+export function readState(kept, defaults) {
+  const fits = (value, known) =>
+    typeof known === "number"
+      ? typeof value === "number" && Math.abs(value) <= LARGEST
+      : typeof value === typeof known && value.length <= MOST_CHARACTERS;
+  const values = Object.entries(defaults).map(([key, known]) => [key, fits(kept?.[key], known) ? kept[key] : known]);
+  return Object.fromEntries(values);
+}
