@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from dataclasses import asdict
 from enum import StrEnum
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from .console import bar, plain, png, print_migration, print_report, print_similarity, say, warn
 from .entry import run
-from .errors import OptionError, OutputError, printable
+from .errors import FileError, OptionError, printable
 from .options import LORA_RANK, RANK, THRESHOLD, Dora, DType, Format, Matching, Method, Naming, Run
 from .version import __version__
 
@@ -282,9 +281,7 @@ def migrate(
         raise OptionError("the bases are missing, or given twice", "see --source, --target, --manifest", fix)
     inputs = [manifest] if manifest else []
     if report_file:
-        check_output(report_file, [*input_files(tasks), *inputs])
-        if os.path.realpath(report_file) in map(os.path.realpath, output_files(tasks, output)):
-            raise OutputError("the report is one of the results", str(report_file), "choose another name")
+        check_output(report_file, [*input_files(tasks), *inputs], output_files(tasks, output))
     with bar("migrating") as progress:
         summary = migrated(
             tasks,
@@ -370,8 +367,11 @@ def verify() -> None:
     """Read every entry and remove what is damaged."""
     from .cache import Cache
 
-    sound, damaged = Cache().verify()
-    say.print(f"{sound} entries are sound, {len(damaged)} were damaged and are removed")
+    found = Cache().verify()
+    say.print(f"{found.sound} entries are sound, {len(found.damaged)} were damaged and are removed")
+    for path, reason in found.left.items():
+        got = f"{len(found.left)}, such as {path}: {reason}"
+        raise FileError("entries of the cache cannot be read or removed", got, "change their permissions")
 
 
 @caches.command()
@@ -383,14 +383,13 @@ def clear() -> None:
 
 
 def _check_outputs(outputs: list[Path | None], *given: "Base | Path") -> None:
+    from .adapters.config import read_files
     from .output import check_output
 
-    inputs = [file for item in given for file in ([item] if isinstance(item, Path) else item.files)]
+    inputs = [file for item in given for file in (read_files(item) if isinstance(item, Path) else item.files)]
     wanted = [path for path in outputs if path]
-    for path in wanted:
-        check_output(path, inputs)
-    if len({path.absolute() for path in wanted}) < len(wanted):
-        raise OptionError("two outputs have one name", str(wanted[0]), "give each its own name")
+    for index, path in enumerate(wanted):
+        check_output(path, inputs, wanted[:index])
 
 
 def _engine(device: Device, cache: bool, *, fast: bool = False) -> "Engine":

@@ -1,12 +1,17 @@
 """Where subspaces come from: one place that computes them, or finds them in the cache."""
 
+import hashlib
 import json
 import logging
 import os
+import platform
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -24,6 +29,8 @@ from .version import __version__
 ENGINE = 1
 # More readers than this gain nothing: the weights come from one disk.
 READERS = 4
+# What Linux tells of a processor: two of one model compute the same.
+PROCESSOR = re.compile(r"^(?:vendor_id|model name|cpu family|model|stepping|CPU (?:implementer|part))\s*: .*\n", re.M)
 
 Result = TypeVar("Result")
 log = logging.getLogger("lorax.engine")
@@ -58,7 +65,7 @@ class Engine:
     @property
     def version(self) -> tuple[object, ...]:
         """What decides the last bits of a result, besides the weight: part of every key of the cache."""
-        return ENGINE, torch.__version__, torch.device(self.device).type, torch.get_num_threads()
+        return ENGINE, torch.device(self.device).type, torch.get_num_threads(), machine(self.device)
 
     def digests(self, base: Base, names: Sequence[str]) -> list[str]:
         """Return `Base.digest` of some layers, several at a time."""
@@ -108,6 +115,20 @@ class Engine:
         space = _COMPUTE[accuracy](self.weight(base, name), rank)
         self.cache.write(packed(space), "subspaces", *key, accuracy)
         return space
+
+
+@cache
+def machine(device: str) -> str:
+    """Return what decides the last bits of a computation here: the processor, the device, the libraries' build."""
+    try:
+        cpu = "".join(sorted(set(PROCESSOR.findall(Path("/proc/cpuinfo").read_text(errors="replace")))))
+    except OSError:  # Windows and macOS tell it in these two
+        cpu = platform.processor() + platform.version()
+    named = getattr(getattr(torch, torch.device(device).type, None), "get_device_name", None)
+    gpu = named(device) if named else ""
+    settings = sorted((name, value) for name, value in os.environ.items() if name.startswith(("MKL_", "OPENBLAS_")))
+    found = (torch.__version__, torch.__config__.show(), platform.machine(), cpu, gpu, settings)
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 CPU = Engine()

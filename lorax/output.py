@@ -1,35 +1,86 @@
 """Files that are written: checked before any work is done, whole or not at all."""
 
 import os
+import re
 import secrets
+import unicodedata
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import OutputError
 
+WINDOWS = os.name == "nt"
+# Names that Windows gives to devices, whatever follows a dot, and what none of its names may hold.
+UNNAMEABLE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?|.*[<>:\"|?*\x00-\x1f].*|.*[ .]",
+    re.IGNORECASE | re.DOTALL,
+)
+# What a process that was killed leaves of its outputs. Short, so that every name that a disk takes can be written.
+TEMPORARY = ".lorax-*.part"
 
-def check_output(path: str | os.PathLike[str], inputs: list[Path]) -> Path:
-    """Check, before any work is done, that `path` can be written and is none of `inputs`.
 
-    A symbolic link to an input counts as that input. One to anything else is allowed, and will be replaced itself: what
-    it leads to is never written.
+def check_output(path: str | os.PathLike[str], inputs: Iterable[Path], others: Iterable[Path] = ()) -> Path:
+    """Check, before any work is done, that `path` can be written, is none of `inputs` and none of `others`.
+
+    Files are compared, not names. A symbolic link to an input counts as that input. One to anything else is allowed,
+    and will be replaced itself: what it leads to is never written.
+
+    Args:
+        path: The output.
+        inputs: Files that are read.
+        others: What is written too.
 
     Returns:
         The path.
 
     Raises:
-        OutputError: It is an input, a folder or a device, or its folder is missing or not writable.
+        OutputError: It is an input, another output, a folder or a device, its name is none, or its folder is missing or
+            not writable.
     """
-    out = Path(path)  # os.path takes what cannot be looked at for what is not there
-    if any(os.path.exists(out) and os.path.exists(given) and out.samefile(given) for given in inputs):
+    out = Path(path)
+    _check_name(out)
+    if (found := file_id(out)) and found in map(file_id, inputs):
         raise OutputError("the output is one of the inputs", str(out), "choose another name")
-    if os.path.exists(out) and not os.path.isfile(out):
+    if found and not os.path.isfile(out):
         raise OutputError("the output is a folder or a device", str(out), "give a file name")
     if not os.path.isdir(out.parent):
         raise OutputError("the output's folder does not exist", str(out.parent), "create it first")
     if not os.access(out.parent, os.W_OK):
         raise OutputError("the output's folder cannot be written", str(out.parent), "choose another folder")
+    if _place(out) in map(_place, others):
+        raise OutputError("two outputs are one file", str(out), "give each its own name")
+    if WINDOWS and found:
+        try:
+            os.rename(out, out)  # refused where another program has it open, as to replace it will be
+        except OSError as error:
+            raise _unwritten(out, error) from error
     return out
+
+
+def file_id(path: Path) -> tuple[object, ...] | None:
+    """Return what tells a file that is there from every other, by whatever path or link; None where there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    # Some disks number no files.
+    return (found.st_dev, found.st_ino) if found.st_ino else (os.path.normcase(os.path.realpath(path)),)
+
+
+def _place(path: Path) -> tuple[object, str]:
+    """Return what tells an output from others, there or not: many disks take names that differ in case for one."""
+    name = unicodedata.normalize("NFC", path.name).casefold()
+    return file_id(path.parent) or os.path.realpath(path.parent), name
+
+
+def _check_name(path: Path) -> None:
+    try:
+        os.fsencode(path)
+    except ValueError as error:  # half of a character
+        raise OutputError("a name that no file has", str(path), "choose another name") from error
+    if "\0" in str(path) or (WINDOWS and UNNAMEABLE.fullmatch(path.name)):
+        raise OutputError("a name that no file has", str(path), "choose another name")
 
 
 def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: bool = True) -> None:
@@ -44,10 +95,10 @@ def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: 
         durable: Wait until it would outlive a loss of power; for what can be made again that is not worth the wait.
 
     Raises:
-        OutputError: The disk is full, the folder cannot be written, or the file is there and `overwrite` is False;
-            nothing is left behind.
+        OutputError: The disk is full, the folder cannot be written, the file is open in a program that lets no one
+            replace it, or it is there and `overwrite` is False; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary = path.with_name(TEMPORARY.replace("*", secrets.token_hex(4)))
     try:
         with temporary.open("xb") as out:
             out.write(content)
@@ -57,10 +108,9 @@ def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: 
         if overwrite:
             os.replace(temporary, path)
         else:
-            os.link(temporary, path)
+            _name_new(temporary, path)
     except OSError as error:
-        fix = "free space or choose another folder"
-        raise OutputError("cannot write the output", f"{path}: {error.strerror}", fix) from error
+        raise _unwritten(path, error) from error
     finally:
         with suppress(OSError):  # what could not be made cannot be removed: the reason is said already
             temporary.unlink(missing_ok=True)
@@ -82,3 +132,31 @@ def make_folder(path: Path) -> None:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise OutputError("cannot make a folder", f"{folder}: {reason}", "choose another place") from error
+
+
+def _name_new(temporary: Path, path: Path) -> None:
+    """Give a whole file its name where no other file has it.
+
+    Raises:
+        OSError: Another file has it, or the disk refuses.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links, as on exFAT and on many network mounts: an empty file takes the name first
+        path.open("xb").close()
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def _unwritten(path: Path, error: OSError) -> OutputError:
+    fix = "free space or choose another folder"
+    if isinstance(error, FileExistsError):
+        fix = "choose another name"
+    elif isinstance(error, PermissionError) and WINDOWS:
+        fix = "close the program that has it open, or choose another name"
+    return OutputError("cannot write the output", f"{path}: {error.strerror}", fix)

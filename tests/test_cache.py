@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lorax import Cache, Engine, FileError, OptionError, load_adapter, open_base, open_cache, transfer_adapter
 from lorax.adapters import expand
-from lorax.cache import KINDS, STALE_SECONDS
+from lorax.cache import KINDS, STALE_SECONDS, Verified
 from lorax.convert import convert_to_lora_x
 from lorax.linalg import decompose
 from lorax.similarity import compare_bases
@@ -137,7 +137,7 @@ def test_damage_is_found(tmp_path_factory, content, place, bit, cut):
         stored[place % len(stored)] ^= 1 << bit
     path.write_bytes(stored)
     if cut and place % (len(content) + 4) == 0:
-        assert cache.verify() == (0, [path])
+        assert cache.verify() == Verified(0, [path])
     else:
         assert cache.read("scores", "key") is None
     assert not path.exists()
@@ -153,7 +153,7 @@ def test_damaged_entries_are_computed_again_and_said_once(bases, lora_file, cach
         again, _ = transfer_adapter(adapter, *bases, method="project", rank=20, engine=Engine(cache=cache))
     assert equal(numbers(plain), numbers(again))
     assert sum("damaged" in record.message for record in caplog.records) == 1
-    assert cache.verify()[1] == []
+    assert cache.verify().damaged == []
 
 
 def test_the_oldest_go_when_it_is_full_and_what_was_read_is_young(tmp_path):
@@ -181,7 +181,7 @@ def test_clear_removes_only_what_is_ours(cache):
 
 
 def test_what_a_killed_process_left_is_swept(cache):
-    left = cache.folder / "scores" / f".{'0' * 64}.abcd.part"
+    left = cache.folder / "scores" / ".lorax-0123abcd.part"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
     cache.write(b"content", "scores", 1)
@@ -211,7 +211,7 @@ def test_killed_while_writing(cache, seconds):
     time.sleep(seconds)
     writer.send_signal(signal.SIGKILL)
     writer.wait()
-    assert cache.verify()[1] == []
+    assert cache.verify().damaged == []
     for i in range(cache.info().get("subspaces", {"entries": 0})["entries"]):
         assert cache.read("subspaces", i) == bytes([i % 251]) * 300_000
 
@@ -230,7 +230,7 @@ def test_several_processes_use_one_cache(bases, lora_file, tmp_path):
     ]
     assert not any(b"cache" in process.communicate()[1] for process in started)
     assert len({output.read_bytes() for output in outputs}) == 1
-    assert Cache(tmp_path / "cache", 2**30).verify()[1] == []
+    assert Cache(tmp_path / "cache", 2**30).verify().damaged == []
 
 
 def test_full_disk_costs_the_cache_only(bases, lora_file, tmp_path):

@@ -216,7 +216,7 @@ def test_outputs_that_cannot_be(run, words, bases, lora_file, tmp_path):
         link.unlink()
         assert Path(place).read_bytes() == before
     assert "does not exist" in error_of(run, *words[:7], tmp_path / "no" / "folder")
-    assert "one name" in error_of(run, *words, "--report", words[7])
+    assert "two outputs are one file" in error_of(run, *words, "--report", words[7])
     assert "is a folder" in error_of(run, *words[:7], tmp_path)
     os.mkfifo(tmp_path / "pipe")
     assert "or a device" in error_of(run, *words[:7], tmp_path / "pipe")

@@ -93,7 +93,7 @@ def test_cache(tmp_path):
     steps = 0
     for steps in killed(work):
         cache = Cache(tmp_path / "cache", 3000)
-        assert cache.verify()[1] == []
+        assert cache.verify().damaged == []
         for i in range(4):
             assert cache.read("scores", i) in (None, bytes([i]) * 1000)
         if steps % 2:  # begun anew, or gone on

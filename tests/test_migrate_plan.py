@@ -49,7 +49,7 @@ def test_the_report_replaces_no_input(run, own, name, linked):
 def test_the_report_is_none_of_the_results(run, own, name):
     (own / "out").mkdir()
     words = ["migrate", own / "loras", "--manifest", own / "moves.toml", "-o", own / "out"]
-    assert "is one of the results" in error_of(run, *words, "--report", own / "loras/../out" / name)
+    assert "two outputs are one file" in error_of(run, *words, "--report", own / "loras/../out" / name)
     assert not list((own / "out").iterdir())
 
 

@@ -56,6 +56,11 @@ class Configs:
         return found or (self.peft if naming == "peft" else PeftConfig())
 
 
+def read_files(adapter: Path) -> list[Path]:
+    """Return the files that may be read for an adapter: its own, and the configuration beside it."""
+    return [adapter, adapter.with_name("adapter_config.json")]
+
+
 def read_configs(file: TensorFile) -> Configs:
     """Read what the header of an adapter file says of scales, and the `adapter_config.json` that belongs to it.
 
@@ -66,7 +71,7 @@ def read_configs(file: TensorFile) -> Configs:
     Raises:
         FormatError: It is there and not readable, or the header says two alphas.
     """
-    beside = file.path.with_name("adapter_config.json")
+    _, beside = read_files(file.path)
     inside = file.metadata.get("lora_adapter_metadata")
     if inside:
         return Configs(_parsed(f"the metadata of {file.path}", inside), PeftConfig())

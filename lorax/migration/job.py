@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Any, cast, get_args
 
+from ..adapters.config import read_files
 from ..base import open_base
 from ..errors import FileError, FormatError, LoraxError, OptionError
 from ..options import DORA, DTYPES, FORMATS, LORA_RANK, MATCHINGS, METHODS, NAMINGS, THRESHOLD
@@ -143,7 +144,8 @@ def _moves(manifest: Path) -> list[Any]:
 def input_files(tasks: Sequence[Task]) -> list[Path]:
     """Return the files that tasks read, which no output may replace."""
     bases = {base for task in tasks for base in (task.source, task.target)}
-    return [Path(task.adapter) for task in tasks] + [file for base in bases for file in _base_files(Path(base))]
+    adapters = [file for task in tasks for file in read_files(Path(task.adapter))]
+    return adapters + [file for base in bases for file in _base_files(Path(base))]
 
 
 def _base_files(base: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
-from ..output import make_folder
+from ..output import TEMPORARY, make_folder
 from ..tensorfile import parse_json
 from .find import find
 from .work import Record
@@ -48,7 +48,7 @@ class Journal:
                 fix = "add --resume to go on with it, or choose another folder"
                 raise OutputError("the output folder holds a migration already", str(folder), fix)
             self.records = self._read()
-            for left in find(folder, "**/.*.safetensors.*.part")[0]:  # by a process that was killed
+            for left in find(folder, f"**/{TEMPORARY}")[0]:  # by a process that was killed
                 left.unlink(missing_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
             if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..engine import CPU, Engine
 from ..errors import OptionError, OutputError
 from ..options import RUNS
+from ..output import file_id
 from ..progress import Progress, silent
 from ..version import __version__
 from .job import Task, input_files
@@ -110,19 +111,10 @@ def output_files(tasks: Sequence[Task], output: Path) -> list[Path]:
 
 def _check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """As `lorax.output.check_output` for many files, whose folders need not be there."""
-    kept = set(map(_place, inputs)) - {None}
+    kept = set(map(file_id, inputs)) - {None}
     for path in outputs:
-        if _place(path) in kept:
+        if file_id(path) in kept:
             raise OutputError("an output is one of the inputs", str(path), "choose another output folder")
-
-
-def _place(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file on the disk from any other, by whatever path or link; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _tells_case(folder: Path) -> bool:
