@@ -1,5 +1,6 @@
 """Files that are written: checked before any work is done, whole or not at all."""
 
+import errno
 import os
 import re
 import secrets
@@ -75,12 +76,15 @@ def _place(path: Path) -> tuple[object, str]:
 
 
 def _check_name(path: Path) -> None:
+    reason = "Windows has no such names" if WINDOWS and UNNAMEABLE.fullmatch(path.name) else ""
     try:
-        os.fsencode(path)
-    except ValueError as error:  # half of a character
-        raise OutputError("a name that no file has", str(path), "choose another name") from error
-    if "\0" in str(path) or (WINDOWS and UNNAMEABLE.fullmatch(path.name)):
-        raise OutputError("a name that no file has", str(path), "choose another name")
+        os.lstat(path)
+    except ValueError as error:  # NUL, or half of a character
+        reason = str(error)
+    except OSError as error:
+        reason = reason or (error.strerror if error.errno == errno.ENAMETOOLONG else "")
+    if reason:
+        raise OutputError("a name that no file has", f"{path}: {reason}", "choose another name")
 
 
 def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: bool = True) -> None:
