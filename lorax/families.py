@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate
@@ -86,7 +86,8 @@ class Family:
         aliases: Further spellings of original modules, such as those that ComfyUI changes; as `modules`.
         rows: How the rows of a fused weight are shared where it is not as usual: `n` for the number of columns.
         ratio: Rows to a column that a weight must have for its diffusers name, where blocks differ in it.
-        depth: How many blocks its largest model has, where an adapter's names alone do not tell: container -> number.
+        proportions: Rows and columns, in proportion, of weights by which an adapter's family is told where others call
+            the module alike; by the diffusers path of the module, the original one where it is fused.
         variants: Named members.
         text_encoders: Its text encoders.
         unet: For a U-Net, the configuration of the full-size model.
@@ -103,7 +104,7 @@ class Family:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     ratio: Mapping[str, int] = field(default_factory=dict[str, int])
-    depth: Mapping[str, int] = field(default_factory=dict[str, int])
+    proportions: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     variants: tuple[Variant, ...] = ()
     text_encoders: tuple[TextEncoder, ...] = ()
     unet: UNetConfig | None = None
@@ -167,10 +168,32 @@ class Family:
             )
         return found
 
-    def blocks_after(self, layer: Layer) -> int:
-        """Return how many blocks its largest model has after that of a layer; below 0: it has no such block."""
-        container, _, rest = layer.path.partition(".")
-        return self.depth[container] - 1 - int(rest.partition(".")[0]) if container in self.depth else 0
+    def as_deep(self, layers: Iterable[Layer]) -> int:
+        """Return how well the blocks of some layers go with the members of a family of transformers.
+
+        Returns:
+            2 where a member ends with the last of these blocks, 1 where one has them all, 0 where none has.
+        """
+        depths: dict[str, int] = {}
+        for path in (layer.path for layer in layers if layer.is_main and self.unet is None):
+            container, _, rest = path.partition(".")
+            number = rest.partition(".")[0]
+            if number.isdecimal():
+                depths[container] = max(depths.get(container, 0), int(number) + 1)
+        left = [
+            [v.blocks[container] - depth for container, depth in depths.items() if container in v.blocks]
+            for v in self.variants
+        ]
+        known = [counts for counts in left if counts]
+        if not known:
+            return 1
+        return 2 if any(set(counts) == {0} for counts in known) else int(any(min(counts) >= 0 for counts in known))
+
+    def is_proportional(self, layers: Sequence[Layer], shape: tuple[int, ...]) -> bool:
+        """Return whether a weight of this shape, that of these layers together, has the proportions of the family's."""
+        path = layers[0].path if len(layers) == 1 else layers[0].original
+        rows, columns = self.proportions.get(_starred(path), (0, 0))
+        return len(shape) < 2 or shape[0] * columns == shape[1] * rows
 
     def find(self, component: str, path: str, shape: tuple[int, ...] = ()) -> list[Layer]:
         """Return the layers that a module path of an adapter file means, as far as the names tell without a base.
@@ -345,7 +368,7 @@ def _family(name: str, entry: dict[str, Any]) -> Family:
         aliases={k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("aliases", {}).items()},
         rows={k: tuple(v) for k, v in entry.get("rows", {}).items()},
         ratio=entry.get("ratio", {}),
-        depth=entry.get("depth", {}),
+        proportions={k: (rows, columns) for k, (rows, columns) in entry.get("proportions", {}).items()},
         variants=tuple(
             Variant(v["label"], v.get("blocks", {}), v.get("width", 0), tuple(v.get("has", ())))
             for v in entry.get("variants", ())

@@ -89,7 +89,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "format": adapter.kind,
         "naming": adapter.naming,
         "family": adapter.family.name if adapter.family else None,
-        "family_label": adapter.family.label if adapter.family else "unknown",
+        "family_label": adapter.family_label or "unknown",
         "layers": len(rows),
         "layers_by_component": dict(Counter(own.layer.component for own in adapter.layers.values())),
         "layers_by_kind": dict(Counter(own.kind for own in adapter.layers.values())),

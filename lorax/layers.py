@@ -28,6 +28,7 @@ WRAPPERS = re.compile(
     r"|(?<![A-Za-z0-9])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]"
 )
 UNET_BLOCK = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+(?:\.transformer_blocks\.\d+)?(?=\.)")
+TEXT_PROJECTION = re.compile(r"(?:.*_)?(?:(?:down|up|input|output)_blocks|mid_block|middle_block)_\w+_attn2_to_k")
 FIRST_BLOCK = re.compile(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)")
 ATTENTION = re.compile(r"attn|attention|\bqkv\b", re.IGNORECASE)
 
@@ -43,8 +44,8 @@ def unwrapped(path: str) -> str:
 
 
 def reads_text(path: str) -> bool:
-    """Return whether a U-Net module, dotted or flattened, projects the text embedding; its width tells the family."""
-    return flatten(path).endswith("attn2_to_k")
+    """Return whether a path, dotted or flattened, is the module of a U-Net that projects the text embedding."""
+    return TEXT_PROJECTION.fullmatch(flatten(path)) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ def expanded(adapter: Adapter, base: Base, names: Container[str]) -> Adapter:
 
 def summary(adapter: Adapter) -> str:
     """Return what there is to know about an adapter, in a few lines."""
-    family = adapter.family.label if adapter.family else "unknown base family"
+    family = adapter.family_label or "unknown base family"
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(adapter.ranks.items()))
     lines = [f"{adapter.name}: {adapter.kind}, {adapter.naming} names, {family}", f"rank {ranks}"]
     if adapter.unused:

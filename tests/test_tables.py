@@ -106,10 +106,10 @@ SWAPPED = {
 }
 
 
-def shapes_of(name):
+def shapes_of(name, **changes):
     kind, config, _ = MODELS[name]
     with torch.device("meta"):
-        model = getattr(diffusers, kind)(**config)
+        model = getattr(diffusers, kind)(**config | changes)
     parameters = model.state_dict().items()
     return {key.removesuffix(".weight"): tuple(value.shape) for key, value in parameters if key.endswith(".weight")}
 
@@ -323,33 +323,34 @@ def test_lora_spellings_are_found_without_a_base(name):
 
 # Their attention has the same names in diffusers; with only that in a file, the number of blocks tells them apart.
 DEPTHS = {
-    "flux": ("FluxTransformer2DModel", 19),
-    "flux2": ("Flux2Transformer2DModel", 8),
-    "hunyuan_video": ("HunyuanVideoTransformer3DModel", 20),
-    "hunyuan_video_15": ("HunyuanVideo15Transformer3DModel", 54),
-    "krea2": ("Krea2Transformer2DModel", 28),
-    "qwen_image": ("QwenImageTransformer2DModel", 60),
-    "sd3": ("SD3Transformer2DModel", 38),  # Stable Diffusion 3.5 Large; the default of the class is none that exists
+    "FLUX.1": ("FluxTransformer2DModel", 19, "Chroma or FLUX.1"),
+    "FLUX.2": ("Flux2Transformer2DModel", 8, "FLUX.1 or FLUX.2"),  # Flux-lite has eight, too
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", 20, "HunyuanVideo"),
+    "HunyuanVideo 1.5": ("HunyuanVideo15Transformer3DModel", 54, "HunyuanVideo 1.5"),
+    "Krea 2": ("Krea2Transformer2DModel", 28, "Krea 2"),
+    "Qwen-Image": ("QwenImageTransformer2DModel", 60, "Qwen-Image"),
+    "Stable Diffusion 3.5 Large": ("SD3Transformer2DModel", 38, "Stable Diffusion 3"),
 }
 
 
 @pytest.mark.parametrize("name", DEPTHS)
 def test_a_lora_of_all_attention_in_diffusers_naming_is_told_by_its_blocks(name, tmp_path):
     """As train_dreambooth_lora_*.py of diffusers writes it where no layers are named: keys and values, no text."""
-    model, depth = DEPTHS[name]
+    model, depth, label = DEPTHS[name]
     default = inspect.signature(getattr(diffusers, model).__init__).parameters["num_layers"].default
-    assert default == depth or name == "sd3"
-    tensors = {
-        f"transformer.transformer_blocks.{i}.attn.{part}.lora_{side}.weight": torch.ones(2, 2)
-        for i in range(depth)
-        for part in ("to_q", "to_k", "to_v", "to_out.0")
-        for side in "AB"
+    assert default == depth or name == "Stable Diffusion 3.5 Large"  # the default of its class is none that exists
+    rows = {
+        part: 2 if name == "Krea 2" and part in ("to_k", "to_v") else 8 for part in ("to_q", "to_k", "to_v", "to_out.0")
     }
+    tensors = {}
+    for i in range(depth):
+        for part, m in rows.items():
+            module = f"transformer.transformer_blocks.{i}.attn.{part}"
+            tensors |= {f"{module}.lora_A.weight": torch.ones(2, 8), f"{module}.lora_B.weight": torch.ones(m, 2)}
     save_file(tensors, tmp_path / "lora.safetensors")
     adapter = load_adapter(tmp_path / "lora.safetensors")
-    # No more blocks than FLUX.1 has: there are far more adapters for that.
-    assert adapter.family.name == (name if depth > 19 else "flux")
-    assert len(adapter.layers) == 4 * depth
+    assert adapter.family_label == label
+    assert set(adapter.layers) == {key.removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key}
 
 
 def test_aliases_mean_the_layers_of_the_original_module():
@@ -387,7 +388,7 @@ KNOWN = {
     "aliases",
     "rows",
     "ratio",
-    "depth",
+    "proportions",
     "variants",
 }
 KNOWN |= {"text_encoders", "unet"}
@@ -417,6 +418,9 @@ def test_a_table_is_well_formed(file):
     assert all(PATH.fullmatch(path) and path.count("*") <= 1 for path in same)
     for pattern in [*table.get("rows", {}), *table.get("ratio", {})]:
         assert pattern in modules
+    fused = {original for original, parts in modules.items() if isinstance(parts, list)}
+    assert set(table.get("proportions", {})) <= fused | set(paths)
+    assert all(len(sizes) == 2 and min(sizes) > 0 for sizes in table.get("proportions", {}).values())
     for variant in table.get("variants", []):
         assert set(variant) <= {"label", "blocks", "width", "has"}
         assert len(variant) > 1

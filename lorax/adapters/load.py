@@ -4,29 +4,32 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from ..base import Base
 from ..errors import FormatError, LoraxError, NumericsError
-from ..families import Family, families
+from ..families import families
 from ..layers import Layer
 from ..linalg import all_finite
 from ..tensorfile import TensorFile, parse_json
-from .config import PeftConfig, read_configs
+from .config import Configs, PeftConfig, read_configs
 from .diff import VectorLayer
 from .keys import EMBEDDING, VECTOR_ROLES, parse, unread_module, why_unknown
 from .kinds import kind_of
-from .layer import AdapterLayer, Shape
+from .layer import AdapterLayer
 from .lokr import LokrLayer
 from .lora_x import LoraXLayer
 from .model import Adapter
 from .oft import OftLayer
-from .resolve import Module, family_of, places, vector_place, whole_of
+from .resolve import Update, families_of, names_of, place
 
 LORA_X_VERSION = "1"
+# component and module path, as a key spells them
+Module = tuple[str, str]
 # field -> key
 Keys = dict[str, str]
 
@@ -53,34 +56,35 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
     file = TensorFile(path)
     modules, namings, unused = _group(file)
     naming = Counter(namings.values()).most_common(1)[0][0] if namings else ""
-    reading = _Reading(file, strict, unused)
-    shapes = {module: shape for module, keys in modules.items() if (shape := reading.shape_of(keys)) is not None}
     if naming == "indexed":
         _check_indexed(file)
-    named = families().get(file.metadata.get("base_family", "")) if naming == "lora-x" else None
-    family = named or family_of(shapes, namings, base)
-    configs = read_configs(file)
     fingerprints = _fingerprints(file) if naming == "lora-x" else {}
-    for module, keys in modules.items():
-        config = configs.of(module[0], namings[module])
-        if module in shapes:
-            reading.add_update(module, keys, places(module, shapes[module], base, family, naming), config, naming)
-        for role in keys.keys() & VECTOR_ROLES.keys() | ({"diff"} if _is_vector(file, keys) else set()):
-            reading.add_vector(module, keys, role, base, family, config)
-    layers = {
-        name: replace(own, fingerprint=fingerprints.get(name, "")) if isinstance(own, LoraXLayer) else own
-        for name, own in reading.layers.items()
-    }
-    if not layers:
+    reading = _Reading(file, read_configs(file), fingerprints, strict, unused)
+    updates = [update for module, keys in modules.items() for update in reading.updates(module, keys, namings[module])]
+    named = families().get(file.metadata.get("base_family", "")) if naming == "lora-x" else None
+    placed = place(updates, base, (named,) if named else families_of(updates))
+    for update, error in placed.refused:
+        reading.refuse(update.keys, error)
+    if not placed.layers:
         got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}"
         raise reading.first or FormatError("no LoRA and no other adapter in the file", got, "give an adapter file")
     unread = {module: why for key, why in unused.items() if (module := unread_module(key))}
     for module, keys in modules.items():
         for role in [role for role, key in keys.items() if role != "alpha" and key in unused]:
             parameter = f".{VECTOR_ROLES[role]}" if role in VECTOR_ROLES else ""
-            names = (layer.name for layer in places(module, (), base, family, naming))
+            names = names_of(*module, namings[module], base, placed.families)
             unread |= dict.fromkeys((f"{name}{parameter}" for name in names), unused[keys[role]])
-    return Adapter(file.path.name, family, naming, layers, unused, file.metadata, reading.spellings, unread)
+    return Adapter(
+        file.path.name,
+        placed.family,
+        naming,
+        placed.layers,
+        unused,
+        file.metadata,
+        placed.origins,
+        unread,
+        placed.alternatives,
+    )
 
 
 def _group(file: TensorFile) -> tuple[dict[Module, Keys], dict[Module, str], dict[str, str]]:
@@ -104,72 +108,59 @@ def _group(file: TensorFile) -> tuple[dict[Module, Keys], dict[Module, str], dic
 
 @dataclass(slots=True)
 class _Reading:
-    """The layers that were read so far, and what was left out."""
+    """Reads the updates of a file; what cannot be used is left out and said."""
 
     file: TensorFile
+    configs: Configs
+    fingerprints: Mapping[str, str]
     strict: bool
     unused: dict[str, str]
-    layers: dict[str, AdapterLayer] = field(default_factory=dict[str, AdapterLayer])
-    spellings: dict[str, str] = field(default_factory=dict[str, str])
     first: LoraxError | None = None
 
-    def shape_of(self, keys: Keys) -> Shape | None:
-        """Return the shape that the parts of a matrix tell; None where there is no sound update of one."""
+    def updates(self, module: Module, keys: Keys, naming: str) -> Iterator[Update]:
+        """Yield the update of the matrix of a module, and those of its parameters of one dimension."""
+        config = self.configs.of(module[0], naming)
         parts = _matrix_parts(self.file, keys)
-        if not parts:
-            return None
+        if parts and (matrix := self._try(parts.values(), partial(self._matrix, module, keys, parts, naming, config))):
+            yield matrix
+        vectors = keys.keys() & VECTOR_ROLES.keys() | ({"diff"} if _is_vector(self.file, keys) else set())
+        for role in sorted(vectors):
+            if vector := self._try([keys[role]], partial(self._vector, module, keys, role, naming, config)):
+                yield vector
+
+    def _try(self, keys: Iterable[str], read: Callable[[], Update]) -> Update | None:
         try:
-            shapes = {name: self.file.entries[key].shape for name, key in parts.items()}
-            kind = kind_of(shapes)
-            kind.check(Layer("", ()), shapes)
-            return kind.shape_of(shapes)
-        except FormatError as error:
-            self._refuse(parts.values(), error)
+            return read()
+        except LoraxError as error:
+            self.refuse(keys, error)
         return None
 
-    def add_update(self, module: Module, keys: Keys, found: list[Layer], config: PeftConfig, naming: str) -> None:
-        """Read the update of a matrix; of a fused one cut into its parts, where the kind can be cut."""
-        parts = _matrix_parts(self.file, keys)
-        try:
-            tensors = {name: self._finite(key) for name, key in parts.items()}
-            if "magnitude" in parts.get("dora_scale", ""):  # PEFT's is always per output, whatever its shape
-                tensors["dora_scale"] = tensors["dora_scale"].flatten()
-            kind = kind_of({name: tuple(part.shape) for name, part in tensors.items()})
-            shape = kind.shape_of({name: tuple(part.shape) for name, part in tensors.items()})
-            alone = len(found) == 1
-            own = kind.read(found[0] if alone else whole_of(found, shape if len(shape) > 1 else ()), tensors, None)
-            own = self._scaled(own, keys, module[1], config)
-            cut = None if alone else own.cut(found)
-            for layer in cut or [own]:
-                self._check_new(layer)
-        except LoraxError as error:
-            self._refuse(parts.values(), error)
-            return
-        for layer in cut or [own]:
-            self.layers[layer.layer.name] = layer
-            if naming != "indexed":
-                self.spellings[layer.layer.name] = module[1]
+    def _matrix(self, module: Module, keys: Keys, parts: Keys, naming: str, config: PeftConfig) -> Update:
+        shapes = {name: self.file.entries[key].shape for name, key in parts.items()}
+        kind = kind_of(shapes)
+        kind.check(Layer("", ()), shapes)  # before a number is read
+        tensors = {name: self._finite(key) for name, key in parts.items()}
+        if "magnitude" in parts.get("dora_scale", ""):  # PEFT's is always per output, whatever its shape
+            tensors["dora_scale"] = tensors["dora_scale"].flatten()
+        shape = kind.shape_of(shapes)
+        component, path = module
+        layer = Layer(f"{component}.{path}", shape if len(shape) > 1 else ())  # of outputs alone none can be made
+        own = self._scaled(kind.read(layer, tensors), keys, path, config)
+        if isinstance(own, LoraXLayer):
+            own = replace(own, fingerprint=self.fingerprints.get(parts["delta"].removesuffix(".delta"), ""))
+        return Update(component, path, own, shape, naming, tuple(parts.values()))
 
-    def add_vector(
-        self, module: Module, keys: Keys, role: str, base: Base | None, family: Family | None, config: PeftConfig
-    ) -> None:
-        """Read the difference of a bias or of a norm."""
+    def _vector(self, module: Module, keys: Keys, role: str, naming: str, config: PeftConfig) -> Update:
+        component, path = module
         key, parameter = keys[role], VECTOR_ROLES.get(role, "weight")
-        try:
-            diff = self._finite(key)
-            layer = vector_place(module, parameter, diff.numel(), base, family)
-            if role == "lora_bias":  # PEFT scales it as it scales the update
-                rank = math.prod(self.file.entries[keys["lora_down"]].shape[:1]) if "lora_down" in keys else 0
-                alpha = self._alpha(keys, module[1], rank, config) if rank else None
-                diff = diff if alpha is None or alpha == rank else (diff.float() * alpha / rank).to(diff.dtype)
-            own = VectorLayer.read(layer, {"diff": diff})
-            own = replace(own, role="diff_b" if role == "lora_bias" else role)
-            self._check_new(own)
-        except LoraxError as error:
-            self._refuse([key], error)
-            return
-        self.layers[layer.name] = own
-        self.spellings[layer.name] = f"{module[1]}.{parameter}"
+        diff = self._finite(key)
+        if role == "lora_bias":  # PEFT scales it as it scales the update
+            rank = math.prod(self.file.entries[keys["lora_down"]].shape[:1]) if "lora_down" in keys else 0
+            alpha = self._alpha(keys, path, rank, config) if rank else None
+            diff = diff if alpha is None or alpha == rank else (diff.float() * alpha / rank).to(diff.dtype)
+        layer = Layer(f"{component}.{path}.{parameter}", (diff.numel(),))
+        own = replace(VectorLayer.read(layer, {"diff": diff}), role="diff_b" if role == "lora_bias" else role)
+        return Update(component, path, own, layer.shape, naming, (key,), parameter)
 
     def _scaled(self, own: AdapterLayer, keys: Keys, path: str, config: PeftConfig) -> AdapterLayer:
         """Give a layer its alpha. Without effect, because alpha is 0, it stays, and that is said."""
@@ -199,12 +190,12 @@ class _Reading:
             raise NumericsError("an adapter holds NaN or Inf", f"{key} in {self.file.path}", "use a sound copy")
         return tensor
 
-    def _check_new(self, own: AdapterLayer) -> None:
-        if own.layer.name in self.layers:
-            got = f"another key of the file means the same layer, {own.layer.name}"
-            raise FormatError("two updates for one layer", got, "use a sound copy")
+    def refuse(self, keys: Iterable[str], error: LoraxError) -> None:
+        """Leave an update out, and say why.
 
-    def _refuse(self, keys: Iterable[str], error: LoraxError) -> None:
+        Raises:
+            LoraxError: `strict` is asked for.
+        """
         keys = list(keys)
         if self.strict:
             raise type(error)(error.what, f"{keys[0]}: {error.got}", error.fix) from error

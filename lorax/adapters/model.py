@@ -10,13 +10,12 @@ from ..base import Base
 from ..engine import CPU, Engine
 from ..errors import MismatchError
 from ..families import Family
-from ..layers import reads_text
 from ..linalg import refactor
 from .diff import VectorLayer
 from .layer import AdapterLayer, check_finite
 from .lora import LoraLayer as LoraLayer
 from .lora_x import LoraXLayer as LoraXLayer
-from .resolve import whole_of
+from .resolve import Update, names_of, place, text_widths
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -31,9 +30,10 @@ class Adapter:
         layers: The update of each layer, by layer name.
         unused: What else was in the file, key -> why it is not used.
         metadata: The file's own metadata.
-        spellings: Module path of each layer as the file spells it, by layer name.
+        origins: The update as its file spells it that each layer is (or is a part of), by layer name.
         unread: Layers (as the file spells them where they are not known) with an update in the file that is not used
             -> why. What is no update of a layer, such as a textual-inversion vector, is in `unused` only.
+        alternatives: Where `family` is None because the file fits several: these; else none.
     """
 
     name: str
@@ -42,8 +42,20 @@ class Adapter:
     layers: Mapping[str, AdapterLayer]
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    spellings: Mapping[str, str] = field(default_factory=dict[str, str])
+    origins: Mapping[str, Update] = field(default_factory=dict[str, Update])
     unread: Mapping[str, str] = field(default_factory=dict[str, str])
+    alternatives: tuple[Family, ...] = ()
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """The family or, where the file fits several, all of them; they call its layers alike."""
+        return (self.family,) if self.family is not None else self.alternatives
+
+    @property
+    def family_label(self) -> str:
+        """What people call its family, `FLUX.1 or Chroma` where the file does not tell; empty: unknown."""
+        labels = [family.label for family in self.families]
+        return " or ".join(filter(None, (", ".join(labels[:-1]), *labels[-1:])))
 
     @property
     def kind(self) -> str:
@@ -60,47 +72,47 @@ class Adapter:
     def resolved(self, base: Base) -> "Adapter":
         """Return the adapter with its layers named as its own base names them.
 
-        A file that was read without its base was named by the full-size model of its family, whose blocks may be
-        numbered otherwise; what counts is the spelling in the file.
+        A file that was read without its base was named by what the file tells, or by its own spelling; what counts is
+        the file, so that this is what reading it with the base gives.
 
         Raises:
             MismatchError: The adapter is of another family: its cross-attention reads another text width.
         """
-        widths = {
-            own.layer.matrix_shape[1]
-            for own in self.layers.values()
-            if not isinstance(own, LoraXLayer) and len(own.layer.shape) > 1 and reads_text(own.layer.path)
-        }
+        updates = [self.origins.get(name) or _update(own) for name, own in self.layers.items()]
+        widths = text_widths(updates)
         if base.family.unet is not None and widths - {base.family.unet.context_dim}:
-            made_for = self.family.label if self.family else f"a family of text width {min(widths)}"
+            made_for = self.family_label or f"a family of text width {min(widths)}"
             raise MismatchError(
                 "the adapter and the base model are of different families",
                 f"{self.name} (made for {made_for}) and {base.name} ({base.family.label})",
                 "give the base that it was made for (are source and target swapped?)",
             )
-        layers: dict[str, AdapterLayer] = {}
-        unused, unread = dict(self.unused), dict(self.unread)
-        for name, own in self.layers.items():
-            for placed in _placed(own, self.spellings.get(name, own.layer.path), base):
-                if placed.layer.name in layers:
-                    unused[name] = unread[name] = f"another layer of the adapter means the same, {placed.layer.name}"
-                layers.setdefault(placed.layer.name, placed)
-        return replace(self, layers=layers, unused=unused, spellings={}, unread=unread)
+        placed = place(list(dict.fromkeys(updates)), base, self.families)
+        unused, unread = dict(self.unused), dict[str, str]()
+        for name, why in self.unread.items():
+            component, _, path = name.partition(".")
+            unread |= dict.fromkeys(names_of(component, path, "", base, placed.families), why)
+        for update, error in placed.refused:
+            why = f"{error.what}: {error.got}"
+            unused |= dict.fromkeys(update.keys or [update.own.layer.name], why)
+            unread |= dict.fromkeys(names_of(*update.module, base, placed.families), why)
+        return replace(
+            self,
+            family=placed.family,
+            layers=placed.layers,
+            unused=unused,
+            origins=placed.origins,
+            unread=unread,
+            alternatives=placed.alternatives,
+        )
 
 
-def _placed(own: AdapterLayer, spelling: str, base: Base) -> list[AdapterLayer]:
-    """Return a layer named as a base names it; the parts of a fused weight that was not cut yet, where it can be."""
-    table = base.vectors if isinstance(own, VectorLayer) else base.layers
-    found = table.find(own.layer.component, spelling)
-    if len(found) > 1:
-        found = [layer for layer in found if layer.name == own.layer.name] or found
-    if len(found) > 1:
-        whole = replace(own, layer=whole_of(found, own.layer.shape))
-        rows = sum(layer.shape[0] for layer in found)
-        return [*((own.cut(found) if whole.layer.shape[:1] == (rows,) else None) or [whole])]
-    if not found:
-        return [own]
-    return [replace(own, layer=replace(found[0], shape=own.layer.shape or found[0].shape))]
+def _update(own: AdapterLayer) -> Update:
+    """Return a layer that was made in memory as an update: its name is its spelling."""
+    path, parameter = own.layer.path, ""
+    if isinstance(own, VectorLayer):
+        path, _, parameter = path.rpartition(".")
+    return Update(own.layer.component, path, own, own.layer.shape, parameter=parameter)
 
 
 def expand(

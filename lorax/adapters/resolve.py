@@ -1,64 +1,204 @@
-"""Which layers the modules of an adapter file mean, and which family it was made for."""
+"""Which layers the updates of an adapter file mean, and which family it was made for."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..base import Base
+from ..errors import FormatError
 from ..families import Family, families
-from ..layers import MAIN, Layer, LayerTable, flatten, reads_text
+from ..layers import MAIN, Layer, flatten, reads_text
 from .keys import ENCODER_KINDS, indexed_layers
-from .layer import Shape, fits
-
-# component and module path, as a key spells them
-Module = tuple[str, str]
-# Chroma's blocks have the names and sizes of those of FLUX.1, for which there are far more adapters.
-PREFERRED = "flux"
+from .layer import AdapterLayer, Shape, fits, magnitude_shape
 
 
-def family_of(shapes: Mapping[Module, Shape], namings: Mapping[Module, str], base: Base | None) -> Family | None:
-    """Return the family whose layers fit best by name and size; that of `base` where none fits better."""
-    widths = {shape[1] for (_, path), shape in shapes.items() if len(shape) > 1 and reads_text(path)}
-    if widths:
-        return next((f for f in families().values() if f.unet is not None and widths == {f.unet.context_dim}), None)
-    scores = {family: _score(shapes, namings, family) for family in families().values()}
-    best = max(scores, key=lambda family: scores[family])
-    if base is not None and "indexed" not in namings.values():
-        table, own = base.layers, base.family
-        found = ((table.find(component_in(module[0], own), module[1]), shape) for module, shape in shapes.items())
-        if sum(whole_fits(layers, shape) for layers, shape in found) >= scores[best][0]:
-            return own
-    return best if scores[best][0] else None
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """An update as its file spells it: which layer it is of, only a base or a family tells.
+
+    Attributes:
+        component: What its key says: `unet` for the model that denoises, a text encoder or a kind of one.
+        path: The module path as it is spelled.
+        own: The update, on a layer of that name.
+        shape: What its parts tell of the weight (see `AdapterLayer.shape_of`).
+        naming: The naming of its key.
+        keys: The keys of the file that hold it.
+        parameter: `weight` or `bias` for the difference of a parameter of one dimension, else empty.
+    """
+
+    component: str
+    path: str
+    own: AdapterLayer
+    shape: Shape
+    naming: str = ""
+    keys: tuple[str, ...] = ()
+    parameter: str = ""
+
+    @property
+    def module(self) -> tuple[str, str, str]:
+        """What its key says of the layer: component, path and naming."""
+        return self.component, self.path, self.naming
 
 
-def _score(shapes: Mapping[Module, Shape], namings: Mapping[Module, str], family: Family) -> tuple[int, ...]:
-    """Return how well a family fits: how many modules are layers of it, and what decides between equals."""
-    fitting = spelled = 0
-    after: list[int] = []
-    for module, shape in shapes.items():
-        naming = namings[module]
-        layers = layers_of(module, shape, family, naming)
-        if whole_fits(layers, shape):
-            original = naming == "original" or (naming == "kohya" and family.kohya == "original")
-            path = (original and layers[0].original) or layers[0].path
-            is_spelled = flatten(path) in (flatten(module[1]), flatten(module[1]) + "_0")
-            # Kohya's files of transformers have no second spelling, but other families' names are like it.
-            fitting += is_spelled or naming != "kohya" or family.unet is not None or module[0] not in MAIN
-            spelled += is_spelled
-            after.append(family.blocks_after(layers[0]))
-    there = [blocks for blocks in after if blocks >= 0]
-    return fitting, spelled, len(there), family.name == PREFERRED, -min(there, default=0)
+@dataclass(slots=True)
+class Placed:
+    """Updates on the layers that they mean.
+
+    Attributes:
+        families: The families that the adapter may be of, by whose names the layers are called.
+        layers: The update of each layer, by layer name.
+        origins: The update of the file that a layer is (or is a part of), by layer name.
+        refused: What found no place, and why.
+    """
+
+    families: tuple[Family, ...]
+    layers: dict[str, AdapterLayer] = field(default_factory=dict[str, AdapterLayer])
+    origins: dict[str, Update] = field(default_factory=dict[str, Update])
+    refused: list[tuple[Update, FormatError]] = field(default_factory=list[tuple[Update, FormatError]])
+
+    @property
+    def family(self) -> Family | None:
+        """The family, where it is told."""
+        return self.families[0] if len(self.families) == 1 else None
+
+    @property
+    def alternatives(self) -> tuple[Family, ...]:
+        """The families that it may be of, where it is not told."""
+        return self.families if len(self.families) > 1 else ()
 
 
-def layers_of(module: Module, shape: Shape, family: Family, naming: str) -> list[Layer]:
+def place(updates: Sequence[Update], base: Base | None, told: tuple[Family, ...]) -> Placed:
+    """Give every update the layer that it means: by the names of its base, else by those of its family.
+
+    What nothing is known of, and what several possible families call differently, keeps the name of its file.
+
+    Args:
+        updates: The updates of one adapter.
+        base: The base that it was made for, if at hand.
+        told: The families that it may be of, as far as it tells (see `families_of`).
+    """
+    if base is not None and _is_of(updates, base, told):
+        told = (base.family,)
+    placed = Placed(told)
+    for update in updates:
+        try:
+            found = _vector(update, base, told) if update.parameter else _matrix(update, base, told)
+            if twice := next((own.layer.name for own in found if own.layer.name in placed.layers), ""):
+                got = f"another key of the file means the same layer, {twice}"
+                raise FormatError("two updates for one layer", got, "use a sound copy")
+        except FormatError as error:
+            placed.refused.append((update, error))
+            continue
+        placed.layers |= {own.layer.name: own for own in found}
+        placed.origins |= {own.layer.name: update for own in found}
+    return placed
+
+
+def families_of(updates: Iterable[Update]) -> tuple[Family, ...]:
+    """Return the families that names and sizes of updates fit, the more the better; none if they fit none.
+
+    Several are left where the file does not tell: FLUX.1 and Chroma call most of their layers alike.
+    """
+    updates = [update for update in updates if not update.parameter]
+    if widths := text_widths(updates):
+        return tuple(f for f in families().values() if f.unet is not None and widths == {f.unet.context_dim})
+    found = {family: _fitted(updates, family) for family in families().values()}
+    if not any(found.values()):
+        return ()
+
+    def fitting(family: Family) -> int:
+        return len(found[family])
+
+    def as_deep(family: Family) -> int:
+        return family.as_deep(layer for _, layers in found[family] for layer in layers)
+
+    def spelled(family: Family) -> int:
+        return sum(_is_spelled(update, layers[0], family) for update, layers in found[family])
+
+    left = list(found)
+    for evidence in (fitting, as_deep, spelled):
+        values = [evidence(family) for family in left]
+        left = [family for family, value in zip(left, values, strict=True) if value == max(values)]
+    return tuple(left)
+
+
+def text_widths(updates: Iterable[Update]) -> set[int]:
+    """Return the widths of the text that the cross-attention of a U-Net reads, by which its family is told."""
+    return {update.shape[1] for update in updates if len(update.shape) > 1 and reads_text(update.path)}
+
+
+def _is_of(updates: Sequence[Update], base: Base, told: tuple[Family, ...]) -> bool:
+    """Return whether updates are of the family of a base rather than of those that they tell without it."""
+    if text_widths(updates):
+        return base.family in told
+    return _fitting(updates, base.family, base) >= max((_fitting(updates, family) for family in told), default=0)
+
+
+def _fitted(updates: Iterable[Update], family: Family) -> list[tuple[Update, list[Layer]]]:
+    """Return the updates that can be of layers of a family, with these."""
+    found = ((update, _meant(*update.module, update.shape, family)) for update in updates)
+    return [
+        (update, layers)
+        for update, layers in found
+        if _whole_fits(layers, update.shape) and family.is_proportional(layers, update.shape)
+    ]
+
+
+def _fitting(updates: Iterable[Update], family: Family, base: Base | None = None) -> int:
+    """Return how many updates can be of layers of a base or, where it lacks them, of its family."""
+    updates = [update for update in updates if not update.parameter]
+    rest = [u for u in updates if base is None or not _whole_fits(_found(*u.module, base, (), u.shape), u.shape)]
+    return len(updates) - len(rest) + len(_fitted(rest, family))
+
+
+def _is_spelled(update: Update, layer: Layer, family: Family) -> bool:
+    """Return whether programs that write files in this naming for this family call the layer so."""
+    if update.naming == "kohya" and not layer.is_main:
+        encoder = next(e for e in family.text_encoders if e.component == layer.component)
+        return all(key.startswith(f"{encoder.kohya}_") for key in update.keys)
+    original = update.naming == "original" or (update.naming == "kohya" and family.kohya == "original")
+    path = flatten((original and layer.original) or layer.path)
+    return path in (flatten(update.path), flatten(update.path) + "_0")
+
+
+def names_of(component: str, path: str, naming: str, base: Base | None, told: tuple[Family, ...]) -> list[str]:
+    """Return the names of the layers that a module of a file means; where nothing is known of it, its own.
+
+    Args:
+        component: What its key says (see `Update`).
+        path: The module path as it is spelled.
+        naming: The naming of its key.
+        base: The base, if at hand.
+        told: The families that the adapter may be of.
+    """
+    vector = base.vectors.find(_component(component, base.family), path) if base is not None else []
+    found = vector or _found(component, path, naming, base, told, ())
+    return [layer.name for layer in found] or [_own_name(component, path, told)]
+
+
+def _own_name(component: str, path: str, told: tuple[Family, ...]) -> str:
+    """Return the name of a module that nothing is known of."""
+    return f"{_component(component, told[0] if len({f.component for f in told}) == 1 else None)}.{path}"
+
+
+def _found(
+    component: str, path: str, naming: str, base: Base | None, told: tuple[Family, ...], shape: Shape
+) -> list[Layer]:
+    """Return the layers that a module means: in its base, else as all families agree that it may be of."""
+    found = base.layers.find(_component(component, base.family), path) if base is not None else []
+    return found or _agreed([_meant(component, path, naming, shape, family) for family in told])
+
+
+def _meant(component: str, path: str, naming: str, shape: Shape, family: Family) -> list[Layer]:
     """Return the layers of a family that a module means, in row order."""
-    component, path = module
+    component = _component(component, family)
     if naming != "indexed" or not path.isdecimal():
-        return family.find(component_in(component, family), path, shape)
+        return family.find(component, path, shape)
     order = indexed_layers(family, component)
     return order[int(path) : int(path) + 1]
 
 
-def component_in(component: str, family: Family | None) -> str:
+def _component(component: str, family: Family | None) -> str:
     """Return the component of a family that a key calls `component`, which may be a kind of text encoder."""
     if component in ENCODER_KINDS:
         encoders = family.text_encoders if family is not None else ()
@@ -67,7 +207,7 @@ def component_in(component: str, family: Family | None) -> str:
     return family.component if component in MAIN and family is not None else component
 
 
-def whole_fits(layers: list[Layer], shape: Shape) -> bool:
+def _whole_fits(layers: list[Layer], shape: Shape) -> bool:
     """Return whether these layers, stacked by rows, can be a weight of this shape."""
     if not layers or not layers[0].shape:
         return bool(layers)
@@ -75,21 +215,44 @@ def whole_fits(layers: list[Layer], shape: Shape) -> bool:
     return fits((rows, *layers[0].shape[1:]), shape)
 
 
-def places(module: Module, shape: Shape, base: Base | None, family: Family | None, naming: str) -> list[Layer]:
-    """Return the layers that a module means, with their shapes; several are the parts of a fused weight.
-
-    A module that nothing is known of, or whose size is another, is a layer of its own with the shape of the update.
-    """
-    component = component_in(module[0], family)
-    shape = shape if len(shape) > 1 else ()  # of the outputs alone a layer cannot be made
-    found = base.layers.find(component, module[1]) if base is not None and naming != "indexed" else []
-    if not found and family is not None:
-        found = layers_of(module, shape, family, naming)
+def _matrix(update: Update, base: Base | None, told: tuple[Family, ...]) -> list[AdapterLayer]:
+    """Return the update of a matrix on its layer; on the parts of a fused one, where its kind can be cut."""
+    found = _found(*update.module, base, told, update.shape)
+    own, shape = update.own, update.own.layer.shape  # of the outputs alone a layer cannot be made
     if not found:
-        return [Layer(f"{component}.{module[1]}", shape)]
-    if whole_fits(found, shape):
-        return found if found[0].shape else [replace(layer, shape=shape) for layer in found]
-    return [replace(found[0], shape=shape)] if len(found) == 1 else [whole_of(found, shape)]
+        return [replace(own, layer=replace(own.layer, name=_own_name(update.component, update.path, told)))]
+    if not _whole_fits(found, shape):
+        whole = replace(found[0], shape=shape) if len(found) == 1 else whole_of(found, shape)
+        return [_on(own, whole)]
+    if len(found) == 1:
+        return [_on(own, found[0] if found[0].shape else replace(found[0], shape=shape))]
+    own = _on(own, whole_of(found, shape))
+    return [*(own.cut(found) or [own])]
+
+
+def _agreed(options: list[list[Layer]]) -> list[Layer]:
+    """Return the layers that all families mean that know the module; without the original name if only that differs."""
+    options = [layers for layers in options if layers]
+    first = options[0] if options else []
+    if all(layers == first for layers in options):
+        return first
+    alone = all(len(layers) == 1 and layers[0].rows is None for layers in options)
+    names = {(layers[0].name, layers[0].shape) for layers in options} if alone else set[tuple[str, Shape]]()
+    return [replace(first[0], original="")] if len(names) == 1 else []
+
+
+def _on(own: AdapterLayer, layer: Layer) -> AdapterLayer:
+    """Return an update on a layer.
+
+    Raises:
+        FormatError: It cannot be of a layer of this size.
+    """
+    own.check(layer, {name: tuple(part.shape) for name, part in own.parts().items()})
+    changes: dict[str, Any] = {"layer": layer}
+    scale = own.parts().get("dora_scale")
+    if scale is not None and layer.shape:
+        changes["dora_scale"] = scale.reshape(magnitude_shape(tuple(scale.shape), layer.shape) or scale.shape)
+    return replace(own, **changes)
 
 
 def whole_of(parts: list[Layer], shape: Shape) -> Layer:
@@ -99,23 +262,15 @@ def whole_of(parts: list[Layer], shape: Shape) -> Layer:
     return Layer(f"{parts[0].component}.{parts[0].original}", shape, parts[0].original)
 
 
-def vector_place(module: Module, parameter: str, size: int, base: Base | None, family: Family | None) -> Layer:
-    """Return the layer of a one-dimensional parameter of a module.
-
-    Args:
-        module: The module.
-        parameter: `weight` or `bias`.
-        size: Numbers of the difference.
-        base: The base, if at hand.
-        family: The family, if known.
-    """
-    component = component_in(module[0], family)
-    known = base.vectors if base is not None else LayerTable([])
-    for path in (f"{module[1]}.{parameter}", module[1]):
-        if found := known.find(component, path):
-            return replace(found[0], shape=(size,))
-    owners = family.find(component, module[1]) if family is not None else []
+def _vector(update: Update, base: Base | None, told: tuple[Family, ...]) -> list[AdapterLayer]:
+    """Return the difference of a parameter of one dimension on it."""
+    for path in (f"{update.path}.{update.parameter}", update.path):
+        if base is not None and (found := base.vectors.find(_component(update.component, base.family), path)):
+            return [replace(update.own, layer=replace(found[0], shape=update.shape))]
+    owners = _agreed([family.find(_component(update.component, family), update.path) for family in told])
     if not owners:
-        return Layer(f"{component}.{module[1]}.{parameter}", (size,))
+        name = f"{_own_name(update.component, update.path, told)}.{update.parameter}"
+        return [replace(update.own, layer=replace(update.own.layer, name=name))]
     owner = owners[0] if len(owners) == 1 else whole_of(owners, ())
-    return Layer(f"{owner.name}.{parameter}", (size,), f"{owner.original or owner.path}.{parameter}")
+    original = f"{owner.original or owner.path}.{update.parameter}"
+    return [replace(update.own, layer=Layer(f"{owner.name}.{update.parameter}", update.shape, original))]

@@ -97,7 +97,7 @@ def save_adapter(
 
 def _modules(adapter: Adapter, naming: str) -> Iterator[tuple[str, AdapterLayer]]:
     """Yield what is written, with the name of its module; parts of one fused weight together where they can be."""
-    family = adapter.family
+    family = next(iter(adapter.families), None)
     modules: dict[str, list[AdapterLayer]] = {}
     for layer in adapter.layers.values():
         if isinstance(layer, VectorLayer):
