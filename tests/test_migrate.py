@@ -13,16 +13,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lorax import OptionError, OutputError, open_base
 from lorax.cache import Cache
 from lorax.engine import CPU, Engine
-from lorax.migration import Options, migrate, plan_folder
+from lorax.migration import Options, migrate, plan_folder, work
 from lorax.migration.journal import JOURNAL, Journal
 from lorax.migration.local import fitting_workers, largest_of_each
 from lorax.migration.run import Summary, _tells_case
-from lorax.migration.work import Record, move
+from lorax.migration.work import Record, move, opened
 from reliability import seeds
 from tests.conftest import small_base
 from tests.library import BROKEN, contents, words
@@ -266,6 +266,40 @@ def test_each_that_cannot_be_read_has_a_row(small):
     assert "cannot open a file" in errors.pop("y.safetensors")
     assert "links to folders are not followed" in errors.pop("linked")
     assert errors == {"x/adapter_model.safetensors": ""}
+
+
+@pytest.mark.parametrize("method", ["copy", "project"])
+@pytest.mark.parametrize("name", ["0.safetensors", "1.safetensors"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_base_that_is_replaced_meanwhile_gives_no_result(small, name, method, linked):
+    """By name or through a link, whether its weights are read again or not."""
+    if linked:
+        (small / "old").mkdir()
+        os.rename(small / name, small / "old" / name)
+        (small / name).symlink_to(small / "old" / name)
+    opened.cache_clear()
+    (task,) = (replace(task, options=Options(method=method, rank=8)) for task in planned(small))
+    first = move(task, str(small / "out"), None, CPU)
+    seeds.base_file(small / "new", change=0.1)
+    os.replace(small / "new", small / name)
+    for previous in (None, first):
+        record = move(task, str(small / "out"), previous, CPU)
+        assert (record.status, "changed" in record.error) == ("failed", True)
+    opened.cache_clear()  # another process
+    assert move(task, str(small / "out"), first, CPU).status == "done"
+
+
+def test_an_adapter_that_is_replaced_while_it_is_moved_gives_no_result(small, monkeypatch):
+    (task,), transferred = planned(small), work.transferred
+
+    def late(*words):
+        save_file(load_file(task.adapter), small / "new")
+        os.replace(small / "new", task.adapter)
+        return transferred(*words)
+
+    monkeypatch.setattr(work, "transferred", late)
+    assert "changed during the migration" in move(task, str(small / "out"), None, CPU).error
+    assert not (small / "out").exists()
 
 
 @pytest.mark.skipif(not os.getuid(), reason="root reads every folder")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..errors import FileError, LoraxError, OutputError, printable
 from ..matching import Assignment
 from ..output import make_folder
 from ..report import TransferReport
-from ..tensorfile import file_hash
+from ..tensorfile import file_hash, file_state
 from ..transfer import transfer_adapter
 from ..version import __version__
 from .job import Task
@@ -89,10 +90,14 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
     path, file = _inside(folder, task.output), Path(task.adapter)
     if os.path.isdir(file):
         _refuse(file)
+    own = [file, file.with_name(CONFIG)]
+    used = _state([*source.files, *target.files, *own])
+    if used[: -len(own)] != (*source.state, *target.state):
+        raise _changed(task)
     options = task.options
     work = [__version__, source.identity(), target.identity(), asdict(options)]
-    if os.path.lexists(config := file.with_name(CONFIG)):
-        work.append(file_hash(config))
+    if os.path.lexists(own[1]):
+        work.append(file_hash(own[1]))
     key = hashlib.sha256(json.dumps(work).encode()).hexdigest()
     start = time.perf_counter()
     given = file_hash(file)
@@ -102,6 +107,8 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
     read = time.perf_counter()
     moved, report = transferred(adapter, task, engine, assignment)
     finished = time.perf_counter()
+    if _state([*source.files, *target.files, *own]) != used:
+        raise _changed(task)
     make_folder(path.parent)
     save_adapter(moved, path, naming=options.naming, inputs=[file])
     written = file_hash(path)
@@ -120,6 +127,23 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
         warnings=report.warnings,
         seconds=times,
     )
+
+
+def _state(files: Iterable[Path]) -> tuple[object, ...]:
+    """Return what tells files as they are now from any other, as `Base.state` does; nothing for one that is gone."""
+
+    def told(file: Path) -> tuple[object, ...]:
+        try:
+            return os.path.realpath(file), *file_state(file)
+        except OSError:
+            return ()
+
+    return tuple(map(told, files))
+
+
+def _changed(task: Task) -> FileError:
+    fix = "let no other program write to them, then go on with --resume"
+    return FileError("a base or the adapter changed during the migration", task.name, fix)
 
 
 def _is_done(previous: Record, path: Path, given: str, key: str) -> bool:
