@@ -327,12 +327,14 @@ def file_hash(path: Path) -> str:
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file as bytes; the same input always gives the same bytes.
 
-    The library writes the metadata in random order, so the header is put in order here.
+    The library writes the metadata in random order, so the header is put in order here. What is no UTF-8, such as a
+    file may have in its name, is escaped.
     """
     from safetensors.torch import save
 
     content = save(
-        {key: tensors[key].detach().to("cpu").contiguous().clone() for key in sorted(tensors)}, dict(metadata)
+        {key: tensors[key].detach().to("cpu").contiguous().clone() for key in sorted(tensors)},
+        {key: value.encode("utf-8", "backslashreplace").decode() for key, value in metadata.items()},
     )
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
