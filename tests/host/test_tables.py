@@ -25,8 +25,11 @@ SWAPPED = {
     "flux2": ["norm_out.linear"],
     "chroma": ["norm_out.linear"],
 }
-# Names that the host knows but that are those of another model: of SD 2.1 unCLIP, FLUX.1 and Z-Image.
+FLUX_2 = r"transformer_blocks.\d.ff(_context)?.linear_(in|out)|single_transformer_blocks.\d.attn.to_(out|qkv_mlp_proj)"
+# Names that the host knows but that are those of another model: of SD 2.1 unCLIP, FLUX.1, FLUX.2 and Z-Image.
 FOREIGN = {
+    "flux": FLUX_2,
+    "chroma": FLUX_2,
     "sdxl": r"class_embedding.*",
     # linear1_qkv: diffusers has the whole of linear1 as one layer.
     "flux2": r"single_blocks.\d.linear1_qkv|time_text_embed.*|transformer_blocks.\d.ff(_context)?.net.*"
