@@ -107,7 +107,7 @@ class LoraXSave(io.ComfyNode):
             if model is None:
                 message = "a LoRA-X needs its base model to become a LoRA"
                 raise OptionError(message, adapter.name, "connect the model input")
-            adapter = expanded(adapter, host.open_model(model), set(adapter.layers))
+            adapter = expanded(adapter, host.open_model(model))
         naming = "diffusers" if form == FORMS[1] else "kohya"
         path, name = host.free_path(folder, filename_prefix)
         save_adapter(adapter, path, naming=naming, overwrite=False)
@@ -115,16 +115,22 @@ class LoraXSave(io.ComfyNode):
         return io.NodeOutput(path, ui=ui.PreviewText(name))
 
 
-def expanded(adapter: Adapter, base: Base, names: Container[str]) -> Adapter:
-    """Return an adapter with those of its LoRA-X layers that are in `names` expanded on their base."""
-    changes = {name: own for name, own in adapter.layers.items() if isinstance(own, LoraXLayer) and name in names}
+def expanded(adapter: Adapter, base: Base, components: Container[str] | None = None) -> Adapter:
+    """Return an adapter as its base names it, its LoRA-X layers (those of `components`, if given) expanded."""
+    adapter = adapter.resolved(base)
+    changes = {
+        name: own
+        for name, own in adapter.layers.items()
+        if isinstance(own, LoraXLayer) and (components is None or own.layer.component in components)
+    }
     lora = host.compute(
         lambda engine, progress: convert_to_lora(
             replace(adapter, layers=changes), base, engine=engine, progress=progress
         ),
         len(changes),
     )
-    return replace(lora, layers={**adapter.layers, **lora.layers})
+    origins = {name: origin for name, origin in adapter.origins.items() if name not in changes}
+    return replace(adapter, layers={**adapter.layers, **lora.layers}, origins=origins)
 
 
 def summary(adapter: Adapter) -> str:
@@ -132,6 +138,8 @@ def summary(adapter: Adapter) -> str:
     family = adapter.family_label or "unknown base family"
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(adapter.ranks.items()))
     lines = [f"{adapter.name}: {adapter.kind}, {adapter.naming} names, {family}", f"rank {ranks}"]
+    if len(adapter.families) != 1:
+        lines.append("which layers are meant, its base model tells when it is connected")
     if adapter.unused:
         key, why = next(iter(adapter.unused.items()))
         lines.append(f"not used: {len(adapter.unused)} tensors, the first {key}: {why}")

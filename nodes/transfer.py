@@ -230,7 +230,6 @@ def _expand(adapter: Adapter, model, clip) -> Adapter:
     if known is not None and known[0]() is model.model and known[1] == patches:
         return known[2]
     base = host.open_model(model, clip)
-    here = {name for name, own in adapter.layers.items() if own.layer.component in base.components}
-    result = expanded(adapter, base, here)
+    result = expanded(adapter, base, base.components)
     _expanded[adapter] = (ref(model.model), patches, result)
     return result

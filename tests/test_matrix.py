@@ -20,7 +20,7 @@ from lorax.base import loaded_base
 from lorax.families import Family, families
 from lorax.layers import flatten
 from lorax.unet import diffusers_to_ldm
-from tests.test_tables import MODELS, SWAPPED, Checkpoint, original_shapes, shapes_of
+from tests.test_tables import MODELS, Checkpoint, original_shapes, shapes_of
 
 RANK, ALPHA = 2, 1.0
 NARROW = {"num_attention_heads": 1}
@@ -92,7 +92,7 @@ def rows_of(entry, family, shapes):
     originals = original_shapes(family, shapes)
     converter = MODELS[entry][2]
     if not converter:
-        parts = [(layer, originals[layer.original][0]) for layer in family.layers(originals)]
+        parts = [(layer, originals[layer.original][0]) for layer in family.layers(originals) if layer.path in shapes]
         return {layer.path: (layer.original, *(x / m for x in layer.rows or (0, m))) for layer, m in parts}
     spelled = original_shapes(family, shapes, aliases=entry == "hunyuan_video")  # in the same order
     prefix = "net." if family.name == "anima" else ""
@@ -102,7 +102,10 @@ def rows_of(entry, family, shapes):
     }
     found = {}
     for key, code in getattr(single_file, converter)(Checkpoint(codes)).items():
-        if key.removesuffix(".weight") in shapes and code.dim() > 1:
+        is_cut = torch.equal(
+            code.flatten(), code.flatten()[0] + torch.arange(len(code))
+        )  # and no halves changed places
+        if key.removesuffix(".weight") in shapes and code.dim() > 1 and is_cut:
             first, last = (int(x) for x in (code.flatten()[0], code.flatten()[-1]))
             original = list(originals)[first // 10**6]
             m = originals[original][0]
@@ -125,11 +128,9 @@ def model(name):
     shares = rows_of(entry, family, {k: v for k, v in shapes_of(entry, **depth).items() if len(v) > 1})
     shapes = {k: v for k, v in shapes_of(entry, **depth | narrow).items() if len(v) > 1}
     last = depth.get("num_layers", depth.get("n_layers", 2)) - 1
-    swapped = set(SWAPPED.get(family.name, ()))
-    if family.name == "sd3":
-        swapped.add(f"transformer_blocks.{last}.norm1_context.linear")
+    shapes = {path: shape for path, shape in shapes.items() if path in shares}
     rows, originals = {}, {}
-    for path in shapes.keys() - swapped:
+    for path in shapes:
         rows.setdefault(shares[path][0], []).append(path)
     for original, paths in rows.items():
         paths.sort(key=lambda path: shares[path][1])
