@@ -127,7 +127,8 @@ class Pair:
         self.scores = {}
         for name, fed in self.fed.items():
             layers = self.source.layers[fed], self.target.layers[name]
-            self.scores[name] = score_layers(self.source, self.target, *([layer] for layer in layers))[fed, name]
+            left, right = score_layers(self.source, self.target, *([layer] for layer in layers))
+            self.scores[name] = left[0, 0], right[0, 0]
 
     def move(self, way: Way, adapter: Adapter, deltas: Deltas) -> tuple[dict[str, Tensor], float]:
         """Return the updates on the target, and the share of their norm that arrived."""

@@ -4,18 +4,18 @@ PyPI's adaptive-terrain-diffusion (MIT) carries a diffusion U-Net of 10.5 millio
 that of 0.4.1 trained on, as the weights tell. `python -m lab related`.
 """
 
-import math
 import statistics
 import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from lorax import Base, Similarity, compare_bases, open_base
 from lorax.matching import match_bases
-from lorax.similarity import mean_corrected
+from lorax.scores import mean_corrected
 
 from . import wheel
 
@@ -47,13 +47,9 @@ def namesakes(similarity: Similarity) -> tuple[int, int]:
     """Return how many layers are, of all of their kind, most similar to their namesake, and of how many."""
     right = total = 0
     for kind in similarity.kinds:
-        for i, source in enumerate(kind.sources):
-            found = {
-                target.name: value
-                for j, target in enumerate(kind.targets)
-                if not math.isnan(value := mean_corrected((kind.left[i][j], kind.right[i][j])))
-            }
-            right += max(found, key=found.__getitem__) == source.name
+        values = mean_corrected((kind.left, kind.right))
+        for source, line in zip(kind.sources, values, strict=True):
+            right += kind.targets[int(np.nanargmax(line))].name == source.name
             total += 1
     return right, total
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .layers import Layer, LayerTable
     from .matching import Assignment, load_assignment, match_bases
     from .report import Outcome, Row, TransferReport, similarity_json
-    from .similarity import Score, Similarity, compare_bases, pair_scores
+    from .scores import Score
+    from .similarity import Similarity, compare_bases, pair_scores
     from .transfer import transfer_adapter
 
 # Where each name lives. It is imported when it is first asked for: reading a header needs no torch.
@@ -45,7 +46,8 @@ _PLACES = {
     "layers": ("Layer", "LayerTable"),
     "matching": ("Assignment", "load_assignment", "match_bases"),
     "report": ("Outcome", "Row", "TransferReport", "similarity_json"),
-    "similarity": ("Score", "Similarity", "compare_bases", "pair_scores"),
+    "scores": ("Score",),
+    "similarity": ("Similarity", "compare_bases", "pair_scores"),
     "transfer": ("transfer_adapter",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

@@ -7,11 +7,13 @@ programming. The published rule (LoRA-X, arXiv 2501.16559) takes for every modul
 the source.
 """
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from .base import Base
 from .engine import CPU, Engine
@@ -19,7 +21,8 @@ from .errors import FormatError, OptionError
 from .layers import Layer, LayerTable
 from .options import MATCHINGS
 from .progress import Progress, counter, silent
-from .similarity import Score, mean_corrected, score_layers
+from .scores import Array, PairScores, Score, check_pairs, mean_corrected
+from .similarity import score_layers
 from .tensorfile import read_json
 
 ASSIGNMENT_SCHEMA = "lorax-assignment"
@@ -106,7 +109,7 @@ def match_bases(
     target: Base,
     matching: str = "auto",
     *,
-    known: Scores | None = None,
+    known: PairScores | None = None,
     engine: Engine = CPU,
     progress: Progress = silent,
 ) -> Assignment:
@@ -125,6 +128,7 @@ def match_bases(
 
     Raises:
         OptionError: `matching` is unknown.
+        MismatchError: There are too many blocks to compare.
         NumericsError: A weight holds NaN or Inf.
     """
     if matching not in MATCHINGS:
@@ -132,7 +136,7 @@ def match_bases(
     stages_s = _stages(source.layers)
     pairs: dict[str, str] = {}
     ways: dict[str, str] = {}
-    scores: dict[tuple[str, str], tuple[Score, Score]] = dict(known or {})
+    scores = PairScores(known)
     compared: list[tuple[list[_Block], list[_Block]]] = []
     for stage, blocks_t in _stages(target.layers).items():
         blocks_s = stages_s.get(stage, [])
@@ -145,11 +149,12 @@ def match_bases(
             pairs |= {block.name: places.get(block.place, "") for block in blocks_t}
             ways |= dict.fromkeys((block.name for block in blocks_t), "name")
     roles = [pair for blocks in compared for pair in _roles(*blocks)]
-    new = [(s, t) for s, t in roles if any((x.name, y.name) not in scores for x in s for y in t)]
+    check_pairs(roles)
+    new = [(s, t) for s, t in roles if scores.sides(s, t) is None]
     tick = counter(progress, sum(len(s) + len(t) for s, t in new))
     with engine.remembering(source, target):
         for sources, targets in new:
-            scores |= score_layers(source, target, sources, targets, engine=engine, tick=tick)
+            scores.add(sources, targets, score_layers(source, target, sources, targets, engine=engine, tick=tick))
     for blocks_s, blocks_t in compared:
         found, way = (_argmax if matching == "argmax" else _in_order)(blocks_s, blocks_t, scores)
         pairs |= found
@@ -198,30 +203,24 @@ def _roles(blocks_s: list[_Block], blocks_t: list[_Block]) -> list[tuple[list[La
     return [(sources, targets) for sources, targets in both if targets]
 
 
-def _score(source: Layer, target: Layer, scores: Scores) -> float:
-    """Return the mean corrected similarity of both sides; NaN where no side can be compared."""
-    return mean_corrected(scores.get((source.name, target.name), ()))
+def _values(sources: list[Layer], targets: list[Layer], scores: PairScores) -> Array:
+    """Return the mean corrected similarity of both sides, `[sources, targets]`; NaN where no side can be compared."""
+    sides = scores.sides(sources, targets)
+    return np.full((len(sources), len(targets)), np.nan) if sides is None else mean_corrected(sides)
 
 
-def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[dict[str, str], str]:
+def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: PairScores) -> tuple[dict[str, str], str]:
     found: dict[str, str] = {}
     for sources, targets in _roles(blocks_s, blocks_t):
-        for target in targets:
-            ranked = [(value, s.name) for s in sources if not math.isnan(value := _score(s, target, scores))]
-            if ranked:
-                found[target.name] = max(ranked, key=lambda pair: pair[0])[1]
+        values = _values(sources, targets, scores)
+        for j in np.flatnonzero(~np.isnan(values).all(0)).tolist():
+            found[targets[j].name] = sources[int(np.nanargmax(values[:, j]))].name
     return found, "similarity"
 
 
-def _in_order(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[dict[str, str], str]:
-    def value(s: Mapping[str, Layer], t: Mapping[str, Layer]) -> float:
-        values = [_score(s[role], t[role], scores) for role in sorted(s.keys() & t.keys())]
-        finite = [value for value in values if not math.isnan(value)]
-        return sum(finite) if finite else math.nan
-
-    compared_s, compared_t = ([block.compared for block in blocks] for blocks in (blocks_s, blocks_t))
-    table = [[value(s, t) for t in compared_t] for s in compared_s]
-    if all(math.isnan(value) for row in table for value in row):
+def _in_order(blocks_s: list[_Block], blocks_t: list[_Block], scores: PairScores) -> tuple[dict[str, str], str]:
+    table = _block_values(blocks_s, blocks_t, scores)
+    if np.isnan(table).all():
         chosen, way = spread(len(blocks_s), len(blocks_t)), "position"
     else:
         chosen, way = best_in_order(table), "similarity"
@@ -229,24 +228,36 @@ def _in_order(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) ->
     return {block.name: fed.get(block.name, "") for block in blocks_t}, way
 
 
-def best_in_order(values: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+def _block_values(blocks_s: list[_Block], blocks_t: list[_Block], scores: PairScores) -> Array:
+    """Return what each pair of blocks is worth: the sum over the roles that both have; NaN where none has a value."""
+    compared_s, compared_t = ([block.compared for block in blocks] for blocks in (blocks_s, blocks_t))
+    table, known = np.zeros((len(blocks_s), len(blocks_t))), np.zeros((len(blocks_s), len(blocks_t)), bool)
+    for role in sorted({role for layers in compared_s for role in layers}):
+        rows, columns = ([i for i, x in enumerate(side) if role in x] for side in (compared_s, compared_t))
+        values = _values([compared_s[i][role] for i in rows], [compared_t[j][role] for j in columns], scores)
+        place = np.ix_(rows, columns)
+        table[place] += np.nan_to_num(values)
+        known[place] |= ~np.isnan(values)
+    return np.where(known, table, np.nan)
+
+
+def best_in_order(values: ArrayLike) -> list[tuple[int, int]]:
     """Return the pairs (i, j), rising in both, of the highest total value: sequence alignment by dynamic programming.
 
     Args:
-        values: What each pair is worth, `[sources][targets]`; NaN, 0 and less are never taken.
+        values: What each pair is worth, `[sources, targets]`; NaN, 0 and less are never taken.
     """
-    rows, columns = len(values), len(values[0]) if values else 0
-    best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
-    for i in range(rows):
-        for j in range(columns):
-            value = 0.0 if math.isnan(values[i][j]) else values[i][j]
-            best[i + 1][j + 1] = max(best[i][j + 1], best[i + 1][j], best[i][j] + value)
+    worth = np.nan_to_num(np.atleast_2d(np.asarray(values, np.float64)))
+    rows, columns = worth.shape
+    best = np.zeros((rows + 1, columns + 1))
+    for i, line in enumerate(worth):
+        np.maximum.accumulate(np.maximum(best[i, 1:], best[i, :-1] + line), out=best[i + 1, 1:])
     pairs: list[tuple[int, int]] = []
     i, j = rows, columns
     while i and j:
-        if best[i][j] == best[i - 1][j]:
+        if best[i, j] == best[i - 1, j]:
             i -= 1
-        elif best[i][j] == best[i][j - 1]:
+        elif best[i, j] == best[i, j - 1]:
             j -= 1
         else:
             i, j = i - 1, j - 1

@@ -1,6 +1,6 @@
 """Moving the update of one layer to the layers of the target that it feeds."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,8 @@ from .engine import Engine
 from .layers import Layer
 from .linalg import Subspace, recompress
 from .report import BOTH_RESIZED, Outcome, Row
-from .similarity import Score, pair_scores, score_layers
+from .scores import Score
+from .similarity import pair_scores, score_layers
 from .widened import cut, first_channels, shared_channels, widen
 
 Move = tuple[Row, AdapterLayer | None]
@@ -34,7 +35,7 @@ class Mover:
     source: Base
     target: Base
     targets: Mapping[str, list[str]]
-    scores: Mapping[tuple[str, str], tuple[Score, Score]]
+    scores: Sequence[Mapping[tuple[str, str], tuple[Score, Score]]]
     method: str
     rank: int
     lora_rank: int
@@ -121,9 +122,7 @@ class Mover:
         if sizes != sizes_t and method not in ("align", "index"):
             note = f"{method} needs equal sizes, source {sizes}, target {sizes_t}"
             return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
-        pair = layer_s.name, place
-        known = self.scores if pair in self.scores else self._scores(layer_s, layer_t)
-        left, right = known[pair]
+        left, right = self._scores(layer_s, layer_t)
         row = replace(row, method=method, left=left, right=right)
         if row.corrected <= self.threshold:
             return replace(row, outcome=Outcome.BELOW_THRESHOLD), None
@@ -143,7 +142,7 @@ class Mover:
             first_channels(base, layer, channels) for base, layer in ((self.source, layer_s), (self.target, layer_t))
         )
         dtype = self.dtype or own.computed_dtype
-        shared = replace(self, source=source, target=target, scores={}, lora_x=False, dtype=dtype)
+        shared = replace(self, source=source, target=target, scores=(), lora_x=False, dtype=dtype)
         moved, result = shared._layer(cut(own, self.source, channels, self.engine), layer_t.name)
         note = f"the first {channels} input channels, source {layer_s.shape[1]}, target {layer_t.shape[1]}"
         moved = replace(moved, source_norm=row.source_norm, note="; ".join(filter(None, (note, moved.note))))
@@ -157,8 +156,12 @@ class Mover:
             moved = replace(moved, rank=space.rank, target_norm=result.norm())
         return moved, result
 
-    def _scores(self, layer_s: Layer, layer_t: Layer) -> Mapping[tuple[str, str], tuple[Score, Score]]:
-        return score_layers(self.source, self.target, [layer_s], [layer_t], engine=self.engine)
+    def _scores(self, layer_s: Layer, layer_t: Layer) -> tuple[Score, Score]:
+        pair = layer_s.name, layer_t.name
+        if known := next((scores[pair] for scores in self.scores if pair in scores), None):
+            return known
+        left, right = score_layers(self.source, self.target, [layer_s], [layer_t], engine=self.engine)
+        return left[0, 0], right[0, 0]
 
     def _norm(self, own: AdapterLayer, base: Base) -> float:
         return own.norm(self.engine.weight(base, own.layer.name) if own.norm_needs_weight else None)

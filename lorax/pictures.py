@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .errors import printable
 from .report import ARRIVED, TransferReport
-from .similarity import Score, Similarity
+from .scores import ScoreTable
+from .similarity import Similarity
 
 INK, FAINT, PAPER, EMPTY = (30, 30, 30), (150, 150, 150), (255, 255, 255), (225, 225, 225)
 ARRIVED_INK, LOST_INK = (33, 145, 140), (204, 102, 51)
@@ -130,8 +131,8 @@ def loss_picture(losses: Sequence[float]) -> Image.Image:
     return image
 
 
-def _heat_map(scores: list[list[Score]], side: int) -> Image.Image:
-    values = np.array([[score.corrected for score in line] for line in scores], dtype=np.float64)
+def _heat_map(scores: ScoreTable, side: int) -> Image.Image:
+    values = scores.corrected
     image = Image.fromarray(colours(values))
     grow = side / max(values.shape)
     size = (max(1, round(values.shape[1] * grow)), max(1, round(values.shape[0] * grow)))

@@ -6,10 +6,14 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from .errors import OptionError
 from .matching import Assignment
-from .similarity import Score, Similarity
+from .scores import Array, Score
+from .similarity import Similarity
 
 SCHEMA_VERSION = 1
+# Pairs that are written as JSON, 360 bytes each in memory. All pairs of SDXL's attention layers are 80,000.
+MOST_JSON = 2**20
 # Below this share of the update's norm the user sees little of the adapter. The ICLR 2025 paper (table 2) loses 10 to
 # 28 % of its score with updates that keep about a quarter; one half is where we start to warn.
 WEAK = 0.5
@@ -255,10 +259,17 @@ class TransferReport:
 
 
 def similarity_json(similarity: Similarity) -> dict[str, Any]:
-    """Return a similarity as plain data, valid by `report.schema.json`: for each kind the matrices of all pairs."""
+    """Return a similarity as plain data, valid by `report.schema.json`: for each kind the matrices of all pairs.
 
-    def matrix(scores: list[list[Score]], value: str) -> list[list[float | None]]:
-        return [[_number(getattr(score, value)) for score in line] for line in scores]
+    Raises:
+        OptionError: There are too many pairs for that.
+    """
+    pairs = sum(kind.left.phi.size for kind in similarity.kinds)
+    if pairs > MOST_JSON:
+        raise OptionError("too many pairs for JSON", f"{pairs}, at most {MOST_JSON}", "take the page or the picture")
+
+    def matrix(values: Array) -> list[list[float | None]]:
+        return [[_number(value) for value in line] for line in values.tolist()]
 
     return {
         "schema": "lorax-similarity",
@@ -272,7 +283,7 @@ def similarity_json(similarity: Similarity) -> dict[str, Any]:
                 "sources": [layer.name for layer in kind.sources],
                 "targets": [layer.name for layer in kind.targets],
                 **{
-                    side: {value: matrix(scores, value) for value in ("phi", "chance", "corrected")}
+                    side: {value: matrix(getattr(scores, value)) for value in ("phi", "chance", "corrected")}
                     for side, scores in (("left", kind.left), ("right", kind.right))
                 },
             }

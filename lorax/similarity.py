@@ -19,34 +19,14 @@ from .errors import MismatchError, OptionError
 from .layers import Layer
 from .linalg import Subspace, decompose, gram, near_one, to_exact
 from .progress import Progress, counter, silent, unheard
+from .scores import Array, Score, ScoreTable, Sides, check_pairs
 
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
 GRAM_LIMIT = 4096
 # How much of the source is held at once while the target streams by.
 BUDGET_BYTES = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The similarity of two layers on one side: `phi`, and `chance`, what unrelated layers score. NaN: no value."""
-
-    phi: float
-    chance: float
-
-    @property
-    def corrected(self) -> float:
-        """`(phi - chance) / (1 - chance)`: 0 by chance, 1 for equal subspaces; NaN where chance is already 1."""
-        room = 1 - self.chance
-        return (self.phi - self.chance) / room if room > 1e-6 else math.nan
-
-
-def mean_corrected(sides: Iterable[Score]) -> float:
-    """Return the mean corrected similarity of the sides that have one; NaN where none has."""
-    values = [value for side in sides if not math.isnan(value := side.corrected)]
-    return sum(values) / len(values) if values else math.nan
-
-
-NO_SCORE = Score(math.nan, math.nan)
+# Sources whose scores are computed at a time.
+ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +49,10 @@ class _Group:
     def __init__(self, sizes: list[int], device: str | torch.device) -> None:
         self.sides: list[_Side] = []
         self.places: dict[int, list[int]] = {}
+        self.of: list[int] = []
         for i, d in enumerate(sizes):
-            self.places.setdefault(d, []).append(i)
+            self.of.append(len(self.places.setdefault(d, [])))
+            self.places[d].append(i)
         self.stacks = {
             d: torch.empty(len(found), d, d, device=device) for d, found in self.places.items() if d <= GRAM_LIMIT
         }
@@ -78,7 +60,7 @@ class _Group:
     def held(self, X: Tensor) -> Tensor:
         """Return `X X^T` for the next layer in its place; `X` itself where it is too wide for that."""
         i, d = len(self.sides), X.shape[0]
-        return gram(X, self.stacks[d][self.places[d].index(i)]) if d in self.stacks else X
+        return gram(X, self.stacks[d][self.of[i]]) if d in self.stacks else X
 
 
 Groups = tuple[_Group, _Group]
@@ -109,24 +91,33 @@ def _add(groups: Groups, layer: Tensor | Subspace) -> None:
         group.sides.append(_Side(trace, norm, of))
 
 
-def _scores(sources: _Group, targets: _Group) -> list[list[Score]]:
-    """Compare every source with every target; the inner products of all Gram matrices are one matrix product."""
-    table = [[NO_SCORE] * len(targets.sides) for _ in sources.sides]
+def _scores(sources: _Group, targets: _Group, out: Array) -> None:
+    """Compare every source with every target; the inner products of all Gram matrices are one matrix product.
+
+    Args:
+        sources: One side of the sources.
+        targets: The same side of the targets.
+        out: Where to write phi and chance, `[sources, targets, 2]`, all NaN.
+    """
     for d in sources.places.keys() & targets.places.keys():
         rows, columns = sources.places[d], targets.places[d]
         if d > GRAM_LIMIT:
-            inner = [
+            products = [
                 [float(torch.linalg.vector_norm(sources.sides[i].held.T @ targets.sides[j].held)) ** 2 for j in columns]
                 for i in rows
             ]
+            inner = np.array(products)
         else:
-            inner = (sources.stacks[d].flatten(1) @ targets.stacks[d].flatten(1).T).tolist()
-        for i, line in zip(rows, inner, strict=True):
-            for j, value in zip(columns, line, strict=True):
-                s, t = sources.sides[i], targets.sides[j]
-                if scale := s.norm * t.norm:
-                    table[i][j] = Score(value / scale, s.trace * t.trace / (d * scale))
-    return table
+            inner = (sources.stacks[d].flatten(1) @ targets.stacks[d].flatten(1).T).cpu().numpy()
+        norms, traces = ([getattr(targets.sides[j], value) for j in columns] for value in ("norm", "trace"))
+        for start in range(0, len(rows), ROWS):
+            some = [sources.sides[i] for i in rows[start : start + ROWS]]
+            scale = np.outer([side.norm for side in some], norms)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                phi = inner[start : start + ROWS].astype(np.float64) / scale
+                chance = np.outer([side.trace for side in some], traces) / (d * scale)
+            found = np.where((scale > 0)[..., None], np.stack([phi, chance], axis=-1), np.nan)
+            out[np.ix_(rows[start : start + ROWS], columns)] = found
 
 
 def pair_scores(source: Tensor, target: Tensor, rank: int | None = None) -> tuple[Score, Score]:
@@ -144,25 +135,34 @@ def pair_scores(source: Tensor, target: Tensor, rank: int | None = None) -> tupl
     for weight in (source, target):
         groups.append(_groups([(weight.shape[0], weight.shape[1])], weight.device))
         _add(groups[-1], weight if rank is None else decompose(weight, rank))
-    left, right = (_scores(s, t)[0][0] for s, t in zip(*groups, strict=True))
+    values = np.full((1, 1, 4), np.nan)
+    for side, (s, t) in enumerate(zip(*groups, strict=True)):
+        _scores(s, t, values[..., 2 * side : 2 * side + 2])
+    left, right = _sides(values)
+    return left[0, 0], right[0, 0]
+
+
+def _sides(values: Array) -> Sides:
+    """Return the tables of the left and of the right side, of `[sources, targets, 4]`: phi and chance of each."""
+    left, right = (ScoreTable(values[..., place], values[..., place + 1]) for place in (0, 2))
     return left, right
 
 
 @dataclass(frozen=True, slots=True)
 class KindSimilarity:
-    """All pairs of one kind of layer: `left[i][j]` is the score of `sources[i]` with `targets[j]`."""
+    """All pairs of one kind of layer: `left[i, j]` is the score of `sources[i]` with `targets[j]`."""
 
     kind: str
     sources: list[Layer]
     targets: list[Layer]
-    left: list[list[Score]]
-    right: list[list[Score]]
+    left: ScoreTable
+    right: ScoreTable
 
     def equal_names(self) -> list[tuple[Score, Score]]:
         """Return the left and right score of every source layer with the target layer of the same name."""
         place = {layer.name: j for j, layer in enumerate(self.targets)}
         named = [(i, place[layer.name]) for i, layer in enumerate(self.sources) if layer.name in place]
-        return [(self.left[i][j], self.right[i][j]) for i, j in named]
+        return [(self.left[i, j], self.right[i, j]) for i, j in named]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,7 @@ def compare_bases(
 
     Raises:
         OptionError: `rank` is below 1 or above every layer.
-        MismatchError: The bases have no kind of layer in common.
+        MismatchError: The bases have no kind of layer in common, or too many of one kind.
         NumericsError: A weight holds NaN or Inf.
     """
     kinds = {
@@ -219,14 +219,14 @@ def compare_bases(
     if not kinds:
         got = f"{source.name} ({source.family.label}) and {target.name} ({target.family.label})"
         raise MismatchError("the two bases share no kind of layer", got, "compare bases of related families")
+    check_pairs(kinds.values())
     check_rank(rank, (layer for s, t in kinds.values() for layer in s + t))
     tick = counter(progress, sum(len(s) + len(t) for s, t in kinds.values()))
     with engine.remembering(source, target):
         result = Similarity(source.name, target.name, rank, (source.identity(), target.identity()))
         for kind, (sources, targets) in kinds.items():
-            scores = score_layers(source, target, sources, targets, rank=rank, engine=engine, tick=tick)
-            left, right = ([[scores[s.name, t.name][side] for t in targets] for s in sources] for side in (0, 1))
-            result.kinds.append(KindSimilarity(kind, sources, targets, left, right))
+            sides = score_layers(source, target, sources, targets, rank=rank, engine=engine, tick=tick)
+            result.kinds.append(KindSimilarity(kind, sources, targets, *sides))
     return result
 
 
@@ -239,7 +239,7 @@ def score_layers(
     rank: int | None = None,
     engine: Engine = CPU,
     tick: Callable[[str], None] = unheard,
-) -> dict[tuple[str, str], tuple[Score, Score]]:
+) -> Sides:
     """Compare every one of some source layers with every one of some target layers, on both sides.
 
     Args:
@@ -252,9 +252,9 @@ def score_layers(
         tick: Called with the name of each layer that was read.
 
     Returns:
-        Left and right score by (source layer name, target layer name).
+        The scores of all pairs on the left and on the right side.
     """
-    pairs = [(s.name, t.name) for s in sources for t in targets]
+    shape = len(sources), len(targets), 4
     key: list[object] = []
     if engine.cache is not None:
         names = [layer.name for layer in sources], [layer.name for layer in targets]
@@ -264,14 +264,12 @@ def score_layers(
             *(engine.digests(base, of) for base, of in zip((source, target), names, strict=True)),
         ]
         found = engine.cache.read("scores", *key)
-        if found is not None and len(found) == 32 * len(pairs):
-            values = [Score(*score) for score in np.frombuffer(found).reshape(-1, 2).tolist()]
-            return dict(zip(pairs, zip(values[::2], values[1::2], strict=True), strict=True))
-    scores = _compare(source, target, sources, targets, rank, engine, tick)
+        if found is not None and len(found) == 8 * math.prod(shape):
+            return _sides(np.frombuffer(found).reshape(shape).copy())
+    values = _compare(source, target, sources, targets, rank, engine, tick)
     if engine.cache is not None:
-        numbers = [(score.phi, score.chance) for pair in pairs for score in scores[pair]]
-        engine.cache.write(np.array(numbers, np.float64).tobytes(), "scores", *key)
-    return scores
+        engine.cache.write(values.tobytes(), "scores", *key)
+    return _sides(values)
 
 
 def _compare(
@@ -282,8 +280,9 @@ def _compare(
     rank: int | None,
     engine: Engine,
     tick: Callable[[str], None],
-) -> dict[tuple[str, str], tuple[Score, Score]]:
-    scores: dict[tuple[str, str], tuple[Score, Score]] = {}
+) -> Array:
+    """Return phi and chance of the left and of the right side, `[sources, targets, 4]`."""
+    values = np.full((len(sources), len(targets), 4), np.nan)
 
     def compared(base: Base, layers: list[Layer]) -> Groups:
         groups, names = _groups([x.matrix_shape for x in layers], engine.device), [x.name for x in layers]
@@ -293,14 +292,16 @@ def _compare(
             _add(groups, one)
         return groups
 
+    i = 0
     for some_s in _within(BUDGET_BYTES, sources):
-        groups_s = compared(source, some_s)
+        groups_s, j = compared(source, some_s), 0
         for some_t in _within(BUDGET_BYTES // 4, targets):
-            left, right = map(_scores, groups_s, compared(target, some_t))
-            for i, s in enumerate(some_s):
-                for j, t in enumerate(some_t):
-                    scores[s.name, t.name] = left[i][j], right[i][j]
-    return scores
+            part = values[i : i + len(some_s), j : j + len(some_t)]
+            for side, (s, t) in enumerate(zip(groups_s, compared(target, some_t), strict=True)):
+                _scores(s, t, part[..., 2 * side : 2 * side + 2])
+            j += len(some_t)
+        i += len(some_s)
+    return values
 
 
 def _within(budget: int, layers: list[Layer]) -> Iterator[list[Layer]]:

@@ -16,7 +16,8 @@ from .move import Mover
 from .options import DORA, FORMATS, LORA_RANK, METHODS, RANK, THRESHOLD
 from .progress import Progress, silent
 from .report import Outcome, Row, TransferReport
-from .similarity import Score, Similarity, check_rank
+from .scores import PairScores
+from .similarity import Similarity, check_rank
 from .version import __version__
 
 
@@ -98,7 +99,7 @@ def transfer_adapter(
             source,
             target,
             _targets(assignment, target),
-            known | dict(assignment.scores),
+            (assignment.scores, known),
             method,
             rank,
             lora_rank,
@@ -153,15 +154,12 @@ def _check_numbers(rank: int | None, lora_rank: int, threshold: float, source: B
         raise OptionError("the threshold is out of range", str(threshold), "give a number below 1")
 
 
-def known_scores(similarity: Similarity | None) -> dict[tuple[str, str], tuple[Score, Score]]:
+def known_scores(similarity: Similarity | None) -> PairScores:
     """Return left and right score of every pair in a similarity, by (source layer name, target layer name)."""
-    kinds = similarity.kinds if similarity else []
-    return {
-        (source.name, target.name): (kind.left[i][j], kind.right[i][j])
-        for kind in kinds
-        for i, source in enumerate(kind.sources)
-        for j, target in enumerate(kind.targets)
-    }
+    scores = PairScores()
+    for kind in similarity.kinds if similarity else []:
+        scores.add(kind.sources, kind.targets, (kind.left, kind.right))
+    return scores
 
 
 def _targets(assignment: Assignment, target: Base) -> dict[str, list[str]]:

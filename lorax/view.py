@@ -96,7 +96,7 @@ def _pairs(kind: KindSimilarity, assignment: Assignment, sources: _Table, target
         if i is None:
             yield targets.place[layer.name], None, None, None, None
             continue
-        left, right = kind.left[i][j], kind.right[i][j]
+        left, right = kind.left[i, j], kind.right[i, j]
         source, corrected = sources.place[kind.sources[i].name], lower(left, right)
         yield targets.place[layer.name], source, _rounded(left.phi), _rounded(right.phi), _rounded(corrected)
 
@@ -106,7 +106,6 @@ def _rounded(value: float) -> float | None:
 
 
 def _encode(kind: KindSimilarity) -> str:
-    lines = [[lower(*sides) for sides in zip(*line, strict=True)] for line in zip(kind.left, kind.right, strict=True)]
-    values = np.array(lines, dtype=np.float64)
+    values = np.fmin(kind.left.corrected, kind.right.corrected)
     codes = np.clip(np.round((np.nan_to_num(values) - LOWEST) / STEP), 0, 254) + 1
     return base64.b64encode(np.where(np.isnan(values), 0, codes).astype(np.uint8).tobytes()).decode()

@@ -57,7 +57,7 @@ def test_similarity_is_the_published_formula_in_float64(releases):
         for found, a, b in ((kind.left, U_s, U_t), (kind.right, V_s.T, V_t.T)):
             cosines = a[:, :rank].T @ b[:, :rank]
             phi = (S_s[:, None] * cosines * S_t).square().sum() / scale
-            assert found[i][j].phi == pytest.approx(float(phi), rel=1e-5)
+            assert found[i, j].phi == pytest.approx(float(phi), rel=1e-5)
 
 
 def test_blocks_with_and_without_attention_are_found_again_where_every_second_is_gone(releases, tmp_path):

@@ -1,15 +1,21 @@
 """Phi against the published formula, its laws, and its chance level."""
 
 import math
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorax
-from lorax import MismatchError, NumericsError, OptionError
-from lorax.similarity import Score, compare_bases, pair_scores
+from lorax import LayerTable, MismatchError, NumericsError, OptionError
+from lorax.families import UNKNOWN
+from lorax.matching import match_bases
+from lorax.report import similarity_json
+from lorax.scores import PairScores, Score, mean_corrected
+from lorax.similarity import compare_bases, pair_scores
 from tests.conftest import small_base
 
 
@@ -100,18 +106,17 @@ def test_all_pairs_of_two_bases(bases, monkeypatch):
             for j, layer_t in enumerate(kind.targets):
                 W_s, W_t = source.weight(layer_s.name), target.weight(layer_t.name)
                 for side, scores in enumerate((kind.left, kind.right)):
-                    score = scores[i][j]
+                    score = scores[i, j]
                     if W_s.shape[side] != W_t.shape[side]:
                         assert math.isnan(score.phi)
                         continue
                     assert score.phi == pytest.approx(phi_by_singular_vectors(W_s, W_t, side), rel=1e-4)
-                    assert (other.left, other.right)[side][i][j].phi == pytest.approx(score.phi, rel=1e-4)
+                    assert (other.left, other.right)[side][i, j].phi == pytest.approx(score.phi, rel=1e-4)
 
 
 def test_paired_layers_score_above_all_others(bases):
     for kind in compare_bases(*bases).kinds:
-        for i, line in enumerate(kind.right):
-            assert max(range(len(line)), key=lambda j: -1 if math.isnan(line[j].phi) else line[j].phi) == i
+        assert np.nanargmax(kind.right.phi, axis=1).tolist() == list(range(len(kind.sources)))
 
 
 def test_progress_ends_at_the_total(bases):
@@ -156,4 +161,64 @@ def test_bases_without_a_common_kind(bases, tmp_path):
 def test_other_widths_share_the_text_side(tmp_path, bases):
     wide = small_base(tmp_path / "wide.safetensors", model_channels=64)
     kind = next(kind for kind in compare_bases(bases[0], wide).kinds if kind.kind == "unet:attn2.to_k")
-    assert all(not math.isnan(score.phi) for line in kind.right for score in line)
+    assert not np.isnan(kind.right.phi).any()
+
+
+def rows_of_numbers(count):
+    """A base of as many blocks of one layer of one number."""
+    layers = LayerTable(lorax.Layer(f"transformer.blocks.{i}.attn.q", (1, 1)) for i in range(count))
+    return lorax.Base("many", UNKNOWN, layers, lambda layer: torch.full((1, 1), 1.0 + len(layer.name)))
+
+
+def test_a_pair_of_layers_takes_a_few_numbers_of_memory():
+    """As Python objects, in a dictionary by name, it was 800 bytes."""
+    source, target = rows_of_numbers(500), rows_of_numbers(501)
+    match_bases(rows_of_numbers(2), rows_of_numbers(3))  # what is imported and made once
+    for work in (compare_bases, match_bases):
+        tracemalloc.start()
+        work(source, target)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 120 * 500 * 501
+
+
+def test_more_pairs_than_can_be_held_or_written_are_refused(bases, monkeypatch):
+    few, more = rows_of_numbers(3), rows_of_numbers(4)
+    monkeypatch.setattr("lorax.scores.MOST_PAIRS", 12)
+    assert len(match_bases(few, more).scores) == 12
+    similarity = compare_bases(few, more)
+    monkeypatch.setattr("lorax.report.MOST_JSON", 12)
+    assert len(similarity_json(similarity)["kinds"][0]["left"]["phi"]) == 3
+    monkeypatch.setattr("lorax.report.MOST_JSON", 11)
+    with pytest.raises(OptionError, match="12, at most 11"):
+        similarity_json(similarity)
+    monkeypatch.setattr("lorax.scores.MOST_PAIRS", 11)
+    for work in (compare_bases, match_bases):
+        with pytest.raises(MismatchError, match="12, at most 11"):
+            work(few, more)
+
+
+def test_tables_say_of_each_pair_what_it_says_of_itself(bases):
+    """And names find the same in tables of all and of some layers."""
+    (kind, *_) = compare_bases(*bases).kinds
+    sides = kind.left, kind.right
+    scores = PairScores()
+    scores.add(kind.sources, kind.targets, sides)
+    assert len(list(scores)) == len(scores) == len(kind.sources) * len(kind.targets)
+    means = mean_corrected(sides)
+    for i, s in enumerate(kind.sources):
+        for j, t in enumerate(kind.targets):
+            pair = scores[s.name, t.name]
+            assert str(pair) == str((kind.left[i, j], kind.right[i, j]))  # NaN is not itself
+            values = [score.corrected for score in pair]
+            for value, side in zip(values, sides, strict=True):
+                assert value == side.corrected[i, j] or (math.isnan(value) and np.isnan(side.corrected[i, j]))
+            finite = [value for value in values if not math.isnan(value)]
+            assert means[i, j] == sum(finite) / len(finite) if finite else np.isnan(means[i, j])
+    found = scores.sides(kind.sources[::-1], kind.targets[1:])
+    assert np.array_equal(found[1].phi, kind.right.phi[::-1, 1:], equal_nan=True)
+    assert scores.sides(kind.sources, [lorax.Layer("unet.none", (1, 1))]) is None
+    assert ("unet.none", kind.targets[0].name) not in scores
+    both = PairScores(scores)
+    both.add([], [], sides)
+    assert len(both) == len(scores)

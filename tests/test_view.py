@@ -14,7 +14,8 @@ from lorax import compare_bases, load_adapter, transfer_adapter
 from lorax.layers import Layer
 from lorax.matching import Assignment, match_bases
 from lorax.report import ARRIVED
-from lorax.similarity import KindSimilarity, Score, Similarity
+from lorax.scores import ScoreTable
+from lorax.similarity import KindSimilarity, Similarity
 from lorax.transfer import known_scores
 from lorax.view import LOWEST, MOST_CELLS, STEP, similarity_view
 
@@ -36,7 +37,7 @@ def layout(blocks, kinds=8):
     found = []
     for name in names:
         phi = generator.uniform(0.4, 1, (2, blocks, blocks))
-        sides = [[[Score(float(value), 0.5) for value in line] for line in side] for side in phi]
+        sides = [ScoreTable(side, np.full_like(side, 0.5)) for side in phi]
         found.append(KindSimilarity(f"unet:{name}", layers[name], layers[name], *sides))
     base = SimpleNamespace(layers={layer.name: layer for kind in layers.values() for layer in kind})
     return Similarity("a", "b", None, ("", ""), found), base
@@ -54,7 +55,7 @@ def test_every_pair_is_there_to_half_a_step(bases, attention_only):
         codes = np.frombuffer(base64.b64decode(kind["corrected"]), np.uint8).reshape(len(scores.sources), -1)
         for i, line in enumerate(codes):
             for j, code in enumerate(line):
-                sides = [scores.left[i][j].corrected, scores.right[i][j].corrected]
+                sides = [scores.left[i, j].corrected, scores.right[i, j].corrected]
                 lower = min((value for value in sides if not math.isnan(value)), default=math.nan)
                 assert (code == 0) == math.isnan(lower)
                 if code:
@@ -115,7 +116,7 @@ def test_of_too_many_pairs_the_map_is_left_out():
 
 def test_a_base_of_one_layer_and_scores_of_nothing():
     layer = Layer("unet.conv_in", (4, 4))
-    nothing = [[Score(math.nan, math.nan)]]
+    nothing = ScoreTable(np.full((1, 1), np.nan), np.full((1, 1), np.nan))
     kind = KindSimilarity("unet:conv_in", [layer], [layer], nothing, nothing)
     base = SimpleNamespace(layers={layer.name: layer})
     view = similarity_view(Similarity("a", "b", 3, ("", ""), [kind]), base, base, Assignment("name", {}))
