@@ -13,7 +13,7 @@ from lorax import Base
 from lorax.layers import Layer
 from lorax.linalg import polar
 from lorax.matching import Assignment
-from lorax.similarity import Score
+from lorax.scores import Score
 
 from . import MODELS
 

@@ -57,7 +57,7 @@ def test_an_update_that_cannot_be_read_is_a_layer_that_does_not_arrive(broken, b
     (row,) = report.missing
     assert row.outcome is Outcome.UNREAD
     assert row.note in adapter.unused.values()
-    assert row.source == {of_another_kind: MODULE, of_a_bias: f"{LAYER}.bias"}.get(broken, LAYER)
+    assert row.source == (f"{LAYER}.bias" if broken is of_a_bias else LAYER)
     assert report.summary.startswith(f"{layers - 1} of {layers} layers arrived")
     assert "all of it" not in report.summary
     assert f"1 of {layers} layers get no update: 1 not readable" in report.warnings
@@ -95,9 +95,9 @@ def test_layers_of_unknown_norm_are_not_nothing(count, bases, tmp_path):
     assert f"({count} of unknown norm not counted)" in report.summary
     rows = report.to_json()["rows"]
     assert sum(row["source_norm"] is None and row["retained_energy"] is None for row in rows) == count
-    alone = replace(adapter, layers={name: own for name, own in adapter.layers.items() if "elsewhere" in name})
-    kept = adapter.layers[LAYER].moved(bases[0].layers[LAYER])
-    _, report = transfer_adapter(replace(alone, layers=alone.layers | {LAYER: replace(kept, alpha=0.0)}), *bases)
+    layers = {name: own for name, own in adapter.layers.items() if "elsewhere" in name}
+    layers[LAYER] = replace(adapter.layers[LAYER], alpha=0.0)
+    _, report = transfer_adapter(replace(adapter, layers=layers, origins={}), *bases)
     assert report.summary == f"1 of {count + 1} layers arrived; the norm of {count} is not known"
 
 

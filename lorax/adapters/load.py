@@ -68,7 +68,11 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
     if not placed.layers:
         got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}"
         raise reading.first or FormatError("no LoRA and no other adapter in the file", got, "give an adapter file")
-    unread = {module: why for key, why in unused.items() if (module := unread_module(key))}
+    unread: dict[str, str] = {}
+    for key, why in unused.items():
+        if (module := unread_module(key)) and (found := parse(f"{module}.alpha")):
+            names = names_of(found.component, found.path, found.naming, base, placed.families)
+            unread |= dict.fromkeys(names, why)
     for module, keys in modules.items():
         for role in [role for role, key in keys.items() if role != "alpha" and key in unused]:
             parameter = f".{VECTOR_ROLES[role]}" if role in VECTOR_ROLES else ""
