@@ -1,5 +1,6 @@
 """Migrations that are killed, interrupted, or lose a process: nothing is lost or doubled, and nothing stays behind."""
 
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from importlib import import_module
 from pathlib import Path
 
@@ -286,3 +288,52 @@ def test_a_fork_of_the_program_keeps_no_worker_alive(many, tmp_path):
         for left in set(forks) - set(children):
             left.kill()
         process.communicate()
+
+
+@pytest.mark.slow
+def test_what_ends_the_command_ends_its_cluster(many, tmp_path):
+    process, children = started([*many, "--engine", "ray"], tmp_path / "out" / JOURNAL)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (143, "error: interrupted\n")
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Loads a module with the signals that Windows has: SIGBREAK (here a number that this system knows), no SIGHUP."""
+    module = types.ModuleType("signal")
+    posix = ("SIGHUP", "pthread_sigmask")
+    module.__dict__.update({name: value for name, value in vars(signal).items() if name not in posix})
+    module.SIGBREAK = signal.SIGUSR1
+    loaded = []
+
+    def load(name):
+        loaded.append(sys.modules[name])
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "signal", module)
+            return importlib.reload(loaded[0])
+
+    yield load
+    importlib.reload(loaded[0])
+
+
+def test_workers_of_windows(windows):
+    local = windows("lorax.migration.local")
+    assert local.FROM_TERMINAL == [signal.SIGINT]
+    with local._Pool(1) as pool, local._unheard():
+        assert pool.submit(os.getpid).result() != os.getpid()
+
+
+def test_what_ends_a_command_on_windows(windows):
+    """SIGBREAK, which a console that closes sends too."""
+    entry = windows("lorax.entry")
+    assert entry.ENDINGS == [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    before = {number: signal.getsignal(number) for number in entry.ENDINGS}
+    try:
+        with pytest.raises(SystemExit) as end:
+            entry.run(lambda: signal.raise_signal(signal.SIGUSR1))
+        assert end.value.code == 128 + signal.SIGUSR1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

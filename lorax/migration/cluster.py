@@ -7,6 +7,8 @@ needed, and how the layers are paired. The subspaces then are tasks, whose resul
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,7 +129,10 @@ def run_ray(
     ours = not ray.is_initialized()
     if ours:
         cores = None if "RAY_ADDRESS" in os.environ else workers
+        heard = signal.getsignal(signal.SIGTERM)
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        if heard is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, heard)  # Ray takes it, for an end with a status of its own
     try:
         words = engine.device, engine.cache is not None
         survey, subspace, work = (_remote(function, gpu_share) for function in (_survey, _subspace, _move))
