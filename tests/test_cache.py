@@ -2,10 +2,12 @@
 
 import logging
 import os
+import pwd
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lorax import Cache, Engine, FileError, OptionError, load_adapter, open_base, open_cache, transfer_adapter
+from lorax import (
+    Cache,
+    Engine,
+    FileError,
+    OptionError,
+    OutputError,
+    load_adapter,
+    open_base,
+    open_cache,
+    transfer_adapter,
+)
 from lorax.adapters import expand
 from lorax.cache import KINDS, STALE_SECONDS, Verified
 from lorax.convert import convert_to_lora_x
+from lorax.engine import machine
 from lorax.linalg import decompose
 from lorax.similarity import compare_bases
+from reliability import seeds
+from reliability.faults import in_child
 from tests.conftest import small_base
 
 
@@ -292,3 +307,169 @@ def test_the_next_weight_is_read_ahead_in_order(bases):
 def test_kinds_are_all_there_is(bases, lora_file, cache):
     transfer_adapter(load_adapter(lora_file, bases[0]), *bases, method="project", rank=20, engine=Engine(cache=cache))
     assert sorted(path.name for path in Path(cache.folder).iterdir()) == sorted(KINDS)
+
+
+# ------------------------------------------------------------------------------------------------------------ shared
+
+
+NOBODY = 65534
+
+
+def as_nobody(work):
+    """Run `work` as another user, for root reads and writes everywhere."""
+
+    def other():
+        if not os.geteuid():
+            os.setegid(NOBODY)
+            os.seteuid(NOBODY)
+        work()
+
+    return in_child(other)
+
+
+@pytest.fixture
+def shared():
+    """A cache of two entries in a folder that other users may look into."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        cache = Cache(Path(name) / "cache", 2**30)
+        for key in "ab":
+            cache.write(b"content", "scores", key)
+        yield cache
+
+
+def test_a_cache_that_may_only_be_read_is_used(shared):
+    for folder in (shared.folder, shared.folder / "scores"):
+        folder.chmod(0o555)
+
+    def work():
+        assert shared.read("scores", "a") == b"content"
+        assert shared.verify() == Verified(2)
+        shared.write(b"more", "scores", "c")  # said by logging
+        assert shared.read("scores", "c") is None
+        with pytest.raises(OutputError, match=r"cannot be removed: 2 of 2.*Permission denied"):
+            shared.clear()
+
+    assert as_nobody(work) == 0
+    assert shared.verify() == Verified(2)
+
+
+def test_what_of_it_cannot_be_read_is_counted(shared, run, monkeypatch):
+    shared._path("scores", ("a",)).chmod(0)
+
+    def work():
+        assert shared.read("scores", "a") is None
+        found = shared.verify()
+        assert (found.sound, list(found.left.values())) == (1, ["Permission denied"])
+
+    def closed():
+        for call in (shared.verify, shared.clear, shared.info):
+            with pytest.raises(FileError, match=r"cannot read the cache.*Permission denied"):
+                call()
+        assert shared.read("scores", "a") is None
+
+    assert as_nobody(work) == 0
+    (shared.folder / "scores").chmod(0)
+    assert as_nobody(closed) == 0
+    (shared.folder / "scores").chmod(0o755)
+    (shared.folder / "file").write_text("")
+    monkeypatch.setenv("LORAX_CACHE", str(shared.folder / "file"))
+    for word in ("info", "verify", "clear"):
+        assert "cannot read the cache" in run("cache", word, status=1)[1]
+
+
+def holes(path):
+    path.write_bytes(b"")
+    os.truncate(path, 3 * 2**40)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, holes, lambda path: path.symlink_to(path)],
+                         ids=["pipe", "folder", "holes", "loop"])  # fmt: skip
+def test_what_is_no_entry(cache, run, monkeypatch, make):
+    cache.write(b"content", "scores", "a")
+    cache.write(b"content", "scores", "b")
+    path = cache._path("scores", ("a",))
+    path.unlink()
+    make(path)
+    start = time.monotonic()
+    assert cache.read("scores", "a") is None
+    if make is holes:  # damaged, and removed
+        make(path)
+    assert cache.read("scores", "b") == b"content"
+    found = cache.verify()
+    assert found.sound == 1
+    assert found.damaged + list(found.left) == [path]
+    assert time.monotonic() - start < 5
+    if make is os.mkdir:
+        with pytest.raises(OutputError, match="1 of 2"):
+            cache.clear()
+        monkeypatch.setenv("LORAX_CACHE", str(cache.folder))
+        assert "cannot be read or removed: 1" in run("cache", "verify", status=1)[1]
+    else:
+        cache.write(b"again", "scores", "a")
+        assert cache.read("scores", "a") == b"again"
+        assert cache.clear() == 2
+
+
+def test_a_look_at_it_while_another_process_lets_go_of_entries(cache):
+    words = WRITE.replace("2**30", "3_000_000")
+    writer = subprocess.Popen([sys.executable, "-c", words, cache.folder], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    looks, end = 0, time.monotonic() + 1.5
+    while time.monotonic() < end:
+        found = cache.verify()
+        assert (found.damaged, found.left) == ([], {})
+        cache.info()
+        looks += 1
+        if looks % 5 == 0:
+            cache.clear()
+    writer.kill()
+    writer.communicate()
+    assert looks > 5
+
+
+def test_a_cache_that_is_off_is_no_folder(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAX_CACHE", "off")
+    Cache(tmp_path / "off", 2**30).write(b"content", "scores", 1)
+    for word in ("clear", "info", "verify"):
+        assert "the cache is off" in run("cache", word, status=1)[1]
+    assert Cache(tmp_path / "off", 2**30).read("scores", 1) == b"content"
+
+
+def test_a_user_without_a_home(monkeypatch, run, caplog, tmp_path):
+    def unknown(_):
+        raise KeyError
+
+    for name in ("LORAX_CACHE", "HOME", "USERPROFILE", "LOCALAPPDATA", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    source, target = (seeds.base_file(tmp_path / f"{name}.safetensors") for name in "st")
+    (tmp_path / "a.safetensors").write_bytes(seeds.adapters()["lora"])
+    with caplog.at_level(logging.WARNING):
+        run("transfer", tmp_path / "a.safetensors", "--source", source, "--target", target, "-o", tmp_path / "out")
+    assert [record.message.count("has no home") for record in caplog.records] == [1]
+    assert (tmp_path / "out").exists()
+    assert "has no home" in run("cache", "info", status=1)[1]
+
+
+def test_unlike_machines_share_no_results(monkeypatch):
+    """Another instruction set, as torch's own switch has it; another processor of the same; other settings."""
+    words = [sys.executable, "-c", "from lorax import Engine; print(Engine().version)"]
+    switch = {"ATEN_CPU_CAPABILITY": "default"}
+    told = subprocess.run(words, env=os.environ | switch, check=True, capture_output=True, text=True).stdout
+    versions = [Engine().version]
+    assert told.strip() != repr(versions[0])
+    text = Path("/proc/cpuinfo").read_text()
+    machine.cache_clear()
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: text.replace("MHz\t\t: ", "MHz\t\t: 1"))
+    assert Engine().version == versions[0]  # it may be slower today
+    for change in ("model name\t: Another\n", "CPU part\t: 0xd0c\n"):
+        machine.cache_clear()
+        monkeypatch.setattr(Path, "read_text", lambda *_, change=change, **__: text + change)
+        versions.append(Engine().version)
+    monkeypatch.undo()
+    machine.cache_clear()
+    assert Engine().version == versions[0]
+    assert len(set(versions)) == 3

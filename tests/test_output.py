@@ -172,6 +172,31 @@ def test_what_is_read_beside_an_adapter_is_an_input(tmp_path, run):
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_that_are_no_text(tmp_path, run):
+    """Bytes that are no UTF-8, as archives of other systems leave them, in the names of all files and folders."""
+    try:
+        (folder := tmp_path / os.fsdecode(b"b\xff\xfe")).mkdir()
+    except OSError:
+        pytest.skip("this disk has no such names")
+    name = f"{folder}/{folder.name}".__add__
+    source, target = (
+        seeds.base_file(Path(name("s.safetensors"))),
+        seeds.base_file(Path(name("t.safetensors")), change=0.2),
+    )
+    Path(name("a.safetensors")).write_bytes(seeds.adapters()["lora"])
+    bases = ["--source", source, "--target", target]
+    files = [word for option in ("report", "png", "html") for word in (f"--{option}", name(option))]
+    run("similarity", source, target, "--rank", 4, "--json", name("json"), *files[2:])
+    run("transfer", name("a.safetensors"), *bases, "-o", name("moved"), *files, "--save-assignment", name("pairs"))
+    run("convert", name("moved"), "--source", target, "--to", "lora-x", "--rank", 4, "-o", name("x"))
+    run("migrate", folder, *bases, "-o", name("library"), "--workers", 1)
+    for file in (name("moved"), f"{name('library')}/{folder.name}a.safetensors"):
+        assert "udcff" in run("inspect", file, "--json")[0]
+        assert load_adapter(file).layers
+    assert {Path(name(file)).exists() for file in ("report", "png", "html", "json", "pairs", "x")} == {True}
+
+
 # ------------------------------------------------------------------------------------------------- as on Windows
 
 
