@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .basefiles import ADAPTER_KEY, Stored, Tensors, open_components
 from .errors import FormatError, NumericsError
 from .families import UNKNOWN, Family, Shapes, families, recognise
-from .layers import MAIN, Layer, LayerTable, Rows
+from .layers import MAIN, Layer, LayerTable, Rows, is_swapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,7 +180,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
         name=Path(os.path.abspath(path)).name,
         family=family,
         layers=LayerTable(layers, spellings),
-        read=lambda layer: places[layer.name].read(),
+        read=lambda layer: in_our_order(places[layer.name].read(), layer, module_place(layer, shapes)[0]),
         vectors=LayerTable(family.vectors(_sizes(main, prefix), found)),
         files=[file.path for file in opened],
         state=tuple((os.path.realpath(file.path), *file.state) for file in opened),
@@ -237,7 +237,7 @@ def module_base(model: Module, name: str = "model") -> Base:
     def read(layer: Layer) -> Tensor:
         module, rows = module_place(layer, modules)
         weight = modules[module].get_parameter("weight").detach()
-        return weight if rows is None else weight[slice(*rows)]
+        return in_our_order(weight if rows is None else weight[slice(*rows)], layer, module)
 
     return loaded_base(name, {key: tuple(value.shape) for key, value in model.named_parameters()}, {}, read)
 
@@ -245,6 +245,13 @@ def module_base(model: Module, name: str = "model") -> Base:
 def module_place(layer: Layer, modules: Container[str]) -> tuple[str, Rows | None]:
     """Return where a layer lies in a model with these modules: the module's path, and the rows where it is a part."""
     return (layer.original, layer.rows) if layer.original in modules else (layer.path, None)
+
+
+def in_our_order(weight: Tensor, layer: Layer, module: str) -> Tensor:
+    """Return the weight of a layer with its rows as the original has them, given the module that it was read from."""
+    import torch
+
+    return torch.cat(weight.chunk(2)[::-1]) if is_swapped(layer, module) else weight
 
 
 def _recognise(tensors: Tensors, name: str) -> tuple[Family, str, dict[str, tuple[int, ...]]]:

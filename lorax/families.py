@@ -85,9 +85,11 @@ class Family:
             Those of one name in both (`same` in the table) map to themselves.
         aliases: Further spellings of original modules, such as those that ComfyUI changes; as `modules`.
         rows: How the rows of a fused weight are shared where it is not as usual: `n` for the number of columns.
-        ratio: Rows to a column that a weight must have for its diffusers name, where blocks differ in it.
+        swapped: Original modules whose weight, where it has two rows for each column, makes shift and scale: diffusers
+            has the halves in the other order.
         proportions: Rows and columns, in proportion, of weights by which an adapter's family is told where others call
-            the module alike; by the diffusers path of the module, the original one where it is fused.
+            the module alike, and the size of parts that it lacks; by the diffusers path of the module, the original one
+            where it is fused.
         variants: Named members.
         text_encoders: Its text encoders.
         unet: For a U-Net, the configuration of the full-size model.
@@ -103,7 +105,7 @@ class Family:
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    ratio: Mapping[str, int] = field(default_factory=dict[str, int])
+    swapped: tuple[str, ...] = ()
     proportions: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     variants: tuple[Variant, ...] = ()
     text_encoders: tuple[TextEncoder, ...] = ()
@@ -133,10 +135,10 @@ class Family:
         for path, shape in shapes.items():
             if len(shape) < 2:
                 continue
-            if (fused := self._original_of(path, shape)) and fused[0] not in shapes:
+            if (fused := self._original_of(path)) and fused[0] not in shapes:
                 original, parts = fused
                 rows = _offsets([shapes.get(part, shape)[0] for part in parts])[parts.index(path)]
-                layers.append(Layer(f"{self.component}.{path}", shape, original, rows if len(parts) > 1 else None))
+                layers.append(self._layer(path, shape, original, rows if len(parts) > 1 else None))
             else:
                 layers += self._cut(path, shape)
         return layers
@@ -150,6 +152,7 @@ class Family:
         """
         layers = list(layers)
         paths = {layer.path: layer.original for layer in layers}
+        halves = {layer.path for layer in layers if layer.swapped}
         originals = {original: path for path, original in paths.items()}
         modules = {key.rpartition(".")[0] for key in sizes}
         if self.unet is not None:
@@ -163,9 +166,8 @@ class Family:
             block = blocks.get(_block(module))
             path = originals.get(module) or (block and block.partition(".")[2] + module.removeprefix(_block(module)))
             original = module if path else paths.get(module, "")
-            found.append(
-                Layer(f"{self.component}.{path or module}.{parameter}", (size,), f"{original or module}.{parameter}")
-            )
+            name, swapped = f"{self.component}.{path or module}.{parameter}", (path or module) in halves
+            found.append(Layer(name, (size,), f"{original or module}.{parameter}", swapped=swapped))
         return found
 
     def as_deep(self, layers: Iterable[Layer]) -> int:
@@ -211,13 +213,36 @@ class Family:
         if original := self._unflatten(path, self._originals):
             layers = self._cut(original, shape)
             if _starred(original) in self.aliases or original in self.aliases:
-                own = (self._original_of(layer.path, shape) for layer in layers)
+                own = (self._original_of(layer.path) for layer in layers)
                 layers = [replace(layer, original=o[0]) for layer, o in zip(layers, own, strict=True) if o]
             return layers
-        if (known := self._unflatten(path, self._diffusers)) and (fused := self._original_of(known, shape)):
-            return [Layer(f"{self.component}.{known}", shape, fused[0])]
+        if (known := self._unflatten(path, self._diffusers)) and (fused := self._original_of(known)):
+            return [self._layer(known, shape, fused[0])]
         nested = NESTED.match(path)
         return self.find(component, path[nested.end() :], shape) if nested else []
+
+    def part_rows(self, original: str, parts: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+        """Return the rows of all parts of a fused weight, as far as the shapes of some tell.
+
+        Args:
+            original: The original path of the weight.
+            parts: Shape of the parts that are known, by diffusers path.
+
+        Returns:
+            The rows by diffusers path, in their order; none where a size is not told.
+        """
+        paths = self._diffusers_of(original)
+        columns = {shape[1] for shape in parts.values() if len(shape) > 1}
+        if not parts.keys() <= set(paths) or len(columns) != 1:
+            return {}
+        rule = self._rule(original, len(paths))
+        alike = {parts[path][0] for path, size in zip(paths, rule, strict=True) if size == "*" and path in parts}
+        n = columns.pop()
+        told = {"n": n, "*": alike.pop() if len(alike) == 1 else 0}
+        if not alike and not told["*"] and (known := self.proportions.get(_starred(original))):
+            told["*"] = (n * known[0] // known[1] - rule.count("n") * n) // rule.count("*")
+        sizes = [parts[path][0] if path in parts else told[size] for path, size in zip(paths, rule, strict=True)]
+        return dict(zip(paths, _offsets(sizes), strict=True)) if all(sizes) else {}
 
     def spellings(self, layers: Iterable[Layer]) -> dict[str, list[str]]:
         """Return for each alias in a model with these layers the names of the layers that it means, in row order."""
@@ -288,40 +313,41 @@ class Family:
             return pattern.replace("*", number.group(1))
         return patterns.get(flat, "")
 
-    def _original_of(self, path: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]] | None:
+    def _original_of(self, path: str) -> tuple[str, tuple[str, ...]] | None:
         """Return the original path of a diffusers path, and all diffusers paths that lie in the same weight."""
         starred, number = _starred(path), _number(path)
         found = self._fused.get(starred) or self._fused.get(path)
-        if found is None or not self._is_right(found[0], shape):
+        if found is None:
             return None
         return found[0].replace("*", number), tuple(part.replace("*", number) for part in found[1])
 
-    def _diffusers_of(self, path: str, shape: tuple[int, ...] = ()) -> tuple[str, ...]:
-        starred = _starred(path)
-        for pattern in (starred, path):
+    def _diffusers_of(self, path: str) -> tuple[str, ...]:
+        for pattern in (_starred(path), path):
             if paths := self.modules.get(pattern) or self.aliases.get(pattern):
-                right = self._is_right(pattern, shape)
-                return tuple(part.replace("*", _number(path)) for part in paths) if right else ()
+                return tuple(part.replace("*", _number(path)) for part in paths)
         return ()
 
-    def _is_right(self, pattern: str, shape: tuple[int, ...]) -> bool:
-        ratio = self.ratio.get(pattern)
-        return ratio is None or len(shape) < 2 or shape[0] == ratio * shape[1]
+    def _layer(self, path: str, shape: tuple[int, ...], original: str, rows: tuple[int, int] | None = None) -> Layer:
+        pair = shape[0] == 2 * shape[1] if len(shape) > 1 else not _number(original)
+        swapped = pair and not {_starred(original), original}.isdisjoint(self.swapped)
+        return Layer(f"{self.component}.{path}", shape, original, rows, swapped)
+
+    def _rule(self, original: str, parts: int) -> tuple[str, ...]:
+        return self.rows.get(_starred(original)) or DEFAULT_ROWS.get(parts) or ("n",) * (parts - 1) + ("*",)
 
     def _cut(self, original: str, shape: tuple[int, ...]) -> list[Layer]:
         """Return the layers of one original weight; without a shape, only their names."""
-        paths = self._diffusers_of(original, shape) or (original,)
-        names = [f"{self.component}.{path}" for path in paths]
+        paths = self._diffusers_of(original) or (original,)
         if len(paths) == 1 or len(shape) < 2:
-            return [Layer(name, shape if len(paths) == 1 else (), original) for name in names]
-        rule = self.rows.get(_starred(original)) or DEFAULT_ROWS.get(len(paths)) or ("n",) * (len(paths) - 1) + ("*",)
+            return [self._layer(path, shape if len(paths) == 1 else (), original) for path in paths]
+        rule = self._rule(original, len(paths))
         rest = shape[0] - rule.count("n") * shape[1]
         if rest <= 0 or rest % rule.count("*"):
             return [Layer(f"{self.component}.{original}", shape, original)]
         sizes = [shape[1] if size == "n" else rest // rule.count("*") for size in rule]
         return [
-            Layer(name, (size, *shape[1:]), original, rows)
-            for name, size, rows in zip(names, sizes, _offsets(sizes), strict=True)
+            self._layer(path, (size, *shape[1:]), original, rows)
+            for path, size, rows in zip(paths, sizes, _offsets(sizes), strict=True)
         ]
 
 
@@ -367,7 +393,7 @@ def _family(name: str, entry: dict[str, Any]) -> Family:
         | {k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("modules", {}).items()},
         aliases={k: (v,) if isinstance(v, str) else tuple(v) for k, v in entry.get("aliases", {}).items()},
         rows={k: tuple(v) for k, v in entry.get("rows", {}).items()},
-        ratio=entry.get("ratio", {}),
+        swapped=tuple(entry.get("swapped", ())),
         proportions={k: (rows, columns) for k, (rows, columns) in entry.get("proportions", {}).items()},
         variants=tuple(
             Variant(v["label"], v.get("blocks", {}), v.get("width", 0), tuple(v.get("has", ())))

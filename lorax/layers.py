@@ -48,6 +48,11 @@ def reads_text(path: str) -> bool:
     return TEXT_PROJECTION.fullmatch(flatten(path)) is not None
 
 
+def is_swapped(layer: "Layer", path: str) -> bool:
+    """Return whether `path`, dotted or flattened, is a layer's name where its halves are in the other order."""
+    return layer.swapped and flatten(path).endswith(flatten(layer.path))
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A linear or convolution layer of a base model.
@@ -58,12 +63,15 @@ class Layer:
         shape: Shape of the weight, `[out, in]` or `[out, in, kh, kw]`.
         original: Module path in the original naming, which ComfyUI keeps, without component; empty where there is none.
         rows: The rows of the original weight that are this layer, where several layers are stacked in one weight.
+        swapped: Whether diffusers has the two halves of its rows (shift and scale) in the other order. Ours is the
+            original one.
     """
 
     name: str
     shape: tuple[int, ...]
     original: str = ""
     rows: Rows | None = None
+    swapped: bool = False
 
     @property
     def component(self) -> str:

@@ -25,7 +25,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import AdamW, Optimizer
 
 from .adapters import Adapter, LoraXLayer
-from .base import Base, module_base, module_place
+from .base import Base, in_our_order, module_base, module_place
 from .checkpoint import Checkpoint, random_state, seed_all, set_random_state
 from .engine import Engine
 from .errors import MismatchError, NumericsError, OptionError
@@ -175,7 +175,8 @@ def attach(
         space = where.triplets(base, layer.name, own.rank if own is not None else rank or RANK)
         if space.rank:
             kept = dtype or (weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else None)
-            U, Vh = (part.to(weight.device, kept or torch.float32) for part in (space.U, space.Vh))
+            U = in_our_order(space.U, layer, place[0])  # which is its own inverse
+            U, Vh = (part.to(weight.device, kept or torch.float32) for part in (U, space.Vh))
             delta = torch.zeros(space.rank) if own is None else own.delta
             delta = delta.to(weight.device, torch.float32, copy=True)
             space = Subspace(U, space.S, Vh)

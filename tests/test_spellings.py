@@ -1,5 +1,6 @@
 """Keys that programs write beside the usual ones: each means the same layer, and the same numbers."""
 
+import re
 from functools import cache
 
 import diffusers
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorax import load_adapter, save_adapter
+from lorax import load_adapter, open_base, save_adapter
 from lorax.base import module_base
 
 G = torch.Generator().manual_seed(0)
@@ -188,3 +189,182 @@ def test_what_diffusers_fuses_and_the_base_has_apart(tmp_path, fused, paths, nam
     layers = read(tmp_path, tensors, flux()).layers
     torch.testing.assert_close(torch.cat([layers[f"transformer.{path}"].delta_weight() for path in paths]), update)
     assert len(layers) == 3
+
+
+# diffusers' norm_out.linear makes scale and shift, the original final layer shift and scale.
+FINAL = {
+    "lora_unet_final_layer_adaLN_modulation_1": False,
+    "diffusion_model.final_layer.adaLN_modulation.1": False,
+    "transformer.norm_out.linear": True,
+    "lora_transformer_norm_out_linear": True,
+    "lycoris_norm_out_linear": True,
+    "base_model.model.norm_out.linear": True,
+}
+
+
+def halves_swapped(update):
+    return torch.cat(update.chunk(2)[::-1])
+
+
+def narrow_flux(seed=0):
+    torch.manual_seed(seed)
+    return diffusers.FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=32, joint_attention_dim=96,
+        pooled_projection_dim=48, guidance_embeds=True, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "diff"])
+@pytest.mark.parametrize(("module", "is_diffusers"), FINAL.items(), ids=FINAL)
+def test_shift_and_scale_of_the_final_layer_are_in_the_original_order(tmp_path, module, is_diffusers, kind):
+    tensors = {
+        "lora": {"lora_up.weight": (128, 2), "lora_down.weight": (2, 64)},
+        "loha": {"hada_w1_a": (128, 2), "hada_w1_b": (2, 64), "hada_w2_a": (128, 2), "hada_w2_b": (2, 64)},
+        "lokr": {"lokr_w1": (4, 4), "lokr_w2": (32, 16)},
+        "diff": {"diff": (128, 64)},
+    }[kind]
+    tensors = {part: torch.randn(shape, generator=G) for part, shape in tensors.items()}
+    update = {
+        "lora": lambda up, down: up @ down,
+        "loha": lambda a, b, c, d: (a @ b) * (c @ d),
+        "lokr": torch.kron,
+        "diff": lambda diff: diff,
+    }[kind](*tensors.values())
+    adapter = read(tmp_path, {f"{module}.{part}": tensor for part, tensor in tensors.items()}, flux())
+    own = adapter.layers["transformer.norm_out.linear"]
+    torch.testing.assert_close(own.delta_weight(), halves_swapped(update) if is_diffusers else update)
+    for naming, name in (
+        ("kohya", "lora_unet_final_layer_adaLN_modulation_1"),
+        ("original", "diffusion_model.final_layer.adaLN_modulation.1"),
+        ("diffusers", "transformer.norm_out.linear"),
+    ):
+        save_adapter(adapter, tmp_path / "b.safetensors", naming=naming)
+        assert any(key.startswith(f"{name}.") for key in load_file(tmp_path / "b.safetensors"))
+        again = load_adapter(tmp_path / "b.safetensors", flux()).layers["transformer.norm_out.linear"]
+        torch.testing.assert_close(again.delta_weight(), own.delta_weight())
+
+
+def test_a_bias_of_the_final_layer_too(tmp_path):
+    diff = torch.arange(128.0)
+    tensors = {"transformer.norm_out.linear.diff_b": diff} | pair("transformer.proj_out", 16, 64)[0]
+    adapter = read(tmp_path, tensors, flux())
+    own = adapter.layers["transformer.norm_out.linear.bias"]
+    assert torch.equal(own.diff, halves_swapped(diff))
+    save_adapter(adapter, tmp_path / "b.safetensors", naming="original")
+    assert torch.equal(
+        load_file(tmp_path / "b.safetensors")["diffusion_model.final_layer.adaLN_modulation.1.diff_b"], own.diff
+    )
+    save_adapter(adapter, tmp_path / "b.safetensors", naming="diffusers")
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["transformer.norm_out.linear.diff_b"], diff)
+
+
+def test_a_base_has_the_same_weights_in_both_namings(tmp_path):
+    model = narrow_flux()
+    ours = module_base(model)
+    tensors = {}
+    for layer in sorted(ours.layers.values(), key=lambda layer: layer.rows or (0, 0)):
+        tensors.setdefault(f"model.diffusion_model.{layer.original}.weight", []).append(ours.weight(layer.name))
+    save_file({key: torch.cat(parts).clone() for key, parts in tensors.items()}, tmp_path / "original.safetensors")
+    save_file(model.state_dict(), tmp_path / "diffusers.safetensors")
+    first, second = (open_base(tmp_path / f"{name}.safetensors") for name in ("original", "diffusers"))
+    assert first.layers.keys() == second.layers.keys()
+    assert all(torch.equal(first.weight(name), second.weight(name)) for name in first.layers)
+    final = model.norm_out.linear.weight.detach()
+    assert torch.equal(first.weight("transformer.norm_out.linear"), halves_swapped(final))
+
+
+def test_diffusers_reads_what_is_written_for_kohya_as_what_is_written_for_it(tmp_path):
+    tensors = {}
+    for path in ("norm_out.linear", "proj_out", "transformer_blocks.0.attn.to_out.0"):
+        layer = flux().layers[f"transformer.{path}"]
+        tensors |= pair(f"transformer.{path}", *layer.shape, style="peft")[0]
+    adapter = read(tmp_path, tensors, flux())
+    save_adapter(adapter, tmp_path / "kohya.safetensors", naming="kohya")
+    converted = diffusers.loaders.lora_conversion_utils._convert_kohya_flux_lora_to_diffusers(
+        load_file(tmp_path / "kohya.safetensors")
+    )
+    # For the last layers it leaves out `transformer.`.
+    converted = {key.removeprefix("transformer."): value for key, value in converted.items()}
+    assert converted.keys() == {key.removeprefix("transformer.") for key in tensors}
+    assert all(torch.equal(converted[key.removeprefix("transformer.")], tensors[key]) for key in tensors)
+
+
+QKV = "double_blocks.0.img_attn.qkv"
+PARTS = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("kind", ["lora", "half precision", "loha"])
+def test_an_update_of_a_fused_weight_and_one_of_its_part_add_up(tmp_path, kind, is_known):
+    """As in ComfyUI, which patches the weight and the rows of the part one after the other."""
+    tensors, whole = pair(f"diffusion_model.{QKV}", 192, 64)
+    tensors[f"diffusion_model.{QKV}.alpha"] = torch.tensor(0.5)
+    part = f"transformer.{PARTS[1]}"
+    if kind == "loha":
+        a, b, c, d = (torch.randn(*size, generator=G) for size in ((64, 2), (2, 64)) * 2)
+        tensors |= {f"{part}.hada_w1_a": a, f"{part}.hada_w1_b": b, f"{part}.hada_w2_a": c, f"{part}.hada_w2_b": d}
+        more = (a @ b) * (c @ d)
+    else:
+        added, more = pair(part, 64, 64)
+        tensors |= added | {f"{part}.alpha": torch.tensor(3.0)}
+        more = more * 1.5
+    if kind == "half precision":
+        tensors = {key: tensor.half() for key, tensor in tensors.items()}
+        dense = {key: tensor.double() for key, tensor in tensors.items()}
+        whole = dense[f"diffusion_model.{QKV}.lora_up.weight"] @ dense[f"diffusion_model.{QKV}.lora_down.weight"]
+        more = dense[f"{part}.lora_up.weight"] @ dense[f"{part}.lora_down.weight"] * 1.5
+    expected = (whole * 0.25).double()
+    expected[64:128] += more.double()
+    adapter = read(tmp_path, tensors, flux() if is_known else None).resolved(flux())
+    assert not adapter.unused
+    got = torch.cat([adapter.layers[f"transformer.{path}"].delta_weight() for path in PARTS]).double()
+    assert float((got - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_two_updates_that_depend_on_the_weight_do_not_add_up(tmp_path):
+    tensors = pair(f"diffusion_model.{QKV}", 192, 64)[0]
+    part = f"transformer.{PARTS[1]}"
+    tensors |= pair(part, 64, 64)[0] | {f"{part}.dora_scale": torch.ones(64, 1)}
+    adapter = read(tmp_path, tensors, flux())
+    assert len(adapter.layers) == 3
+    assert "do not add up" in adapter.unused[f"{part}.lora_up.weight"]
+
+
+def test_of_two_updates_of_one_weight_one_counts(tmp_path):
+    """In ComfyUI the names of a weight are one entry, which the later takes."""
+    first = pair(f"diffusion_model.{QKV}", 192, 64)[0]
+    adapter = read(tmp_path, first | pair("lora_unet_" + QKV.replace(".", "_"), 192, 64)[0], flux())
+    assert len(adapter.layers) == 3
+    assert all("same layer" in why for why in adapter.unused.values())
+    assert len(adapter.unused) == 2
+
+
+@pytest.mark.parametrize("naming", ["kohya", "original"])
+@pytest.mark.parametrize("kind", ["lora", "loha", "diff"])
+def test_parts_of_a_fused_weight_are_written_as_the_whole(tmp_path, naming, kind):
+    """Zero rows for the rest: ComfyUI knows no name of the parts of some models."""
+    tensors = {}
+    for layer in flux().layers.values():
+        if layer.rows is None or layer.path.endswith(("to_q", "to_v", "add_k_proj")):
+            (m, n), r = layer.shape, 2
+            shapes = {
+                "lora": {"lora_A.weight": (r, n), "lora_B.weight": (m, r)},
+                "loha": {"hada_w1_a": (m, r), "hada_w1_b": (r, n), "hada_w2_a": (m, r), "hada_w2_b": (r, n)},
+                "diff": {"diff": (m, n)},
+            }[kind]
+            tensors |= {f"transformer.{layer.path}.{part}": torch.randn(*s, generator=G) for part, s in shapes.items()}
+    adapter = read(tmp_path, tensors, flux())
+    save_adapter(adapter, tmp_path / "b.safetensors", naming=naming)
+    known = {
+        layer.original if naming == "original" else layer.original.replace(".", "_") for layer in flux().layers.values()
+    }
+    prefix = {"kohya": "lora_unet_", "original": "diffusion_model."}[naming]
+    ends = r"\.(lora_.*|hada_.*|diff|alpha)$"
+    written = {re.sub(ends, "", key).removeprefix(prefix) for key in load_file(tmp_path / "b.safetensors")}
+    if kind != "loha":  # two that share no factor have no LoHa of the whole: they keep diffusers' names
+        assert written <= known
+    again = load_adapter(tmp_path / "b.safetensors", flux())
+    for name, own in adapter.layers.items():
+        torch.testing.assert_close(again.layers[name].delta_weight(), own.delta_weight())
+    for name in again.layers.keys() - adapter.layers.keys():
+        assert not again.layers[name].delta_weight().any()

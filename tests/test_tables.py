@@ -96,7 +96,7 @@ MODELS = {
     ),
     "hunyuan_video_15": ("HunyuanVideo15Transformer3DModel", HUNYUAN | {"image_embed_dim": 72}, ""),
 }
-# What the tables leave out: shift and scale have changed places.
+# Where shift and scale have changed places in diffusers.
 SWAPPED = {
     "sd3": {"norm_out.linear", "transformer_blocks.2.norm1_context.linear"},
     "flux": {"norm_out.linear"},
@@ -152,8 +152,8 @@ def test_every_layer_of_diffusers_is_in_the_table(name):
     named = {path for paths in family.modules.values() for path in paths}
     layers = family.layers(shapes)
     star = re.compile(r"(?<=\.)\d+(?=\.)")
-    missing = {layer.path for layer in layers if not {layer.path, star.sub("*", layer.path, count=1)} & named}
-    assert missing == SWAPPED.get(family.name, set()) - {"transformer_blocks.2.norm1_context.linear"}
+    assert not {layer.path for layer in layers if not {layer.path, star.sub("*", layer.path, count=1)} & named}
+    assert {layer.path for layer in layers if layer.swapped} == SWAPPED.get(family.name, set())
     assert {layer.path: layer.shape for layer in layers}.items() <= shapes.items()
 
 
@@ -178,23 +178,14 @@ def test_the_rows_are_those_that_diffusers_own_converter_takes(name):
     prefix = "net." if name == "anima" else ""
     file = {f"{prefix}{path}.weight": value + 10**6 * i for i, (path, value) in enumerate(rows.items())}
     converted = getattr(single_file, MODELS[name][2])(Checkpoint(file))
-    swapped = SWAPPED.get(family.name, set())
     checked = set()
     for layer in family.layers(originals):
-        if layer.path not in swapped:
-            expected = file[f"{prefix}{layer.original}.weight"]
-            expected = expected if layer.rows is None else expected[slice(*layer.rows)]
-            assert torch.equal(converted[f"{layer.path}.weight"], expected), layer
-            checked.add(layer.path)
-    assert checked == {path for path, shape in shapes.items() if len(shape) > 1} - swapped
-
-
-def test_swapped_rows_keep_the_original_name():
-    """In the last block of SD 3 the context is only normed: two parts, swapped, where other blocks have six."""
-    shapes = {"joint_blocks.0.context_block.adaLN_modulation.1": (6 * 64, 64)}
-    shapes |= {"joint_blocks.1.context_block.adaLN_modulation.1": (2 * 64, 64)}
-    names = [layer.path for layer in families()["sd3"].layers(shapes)]
-    assert names == ["transformer_blocks.0.norm1_context.linear", "joint_blocks.1.context_block.adaLN_modulation.1"]
+        expected = file[f"{prefix}{layer.original}.weight"]
+        expected = expected if layer.rows is None else expected[slice(*layer.rows)]
+        expected = torch.cat(expected.chunk(2)[::-1]) if layer.swapped else expected
+        assert torch.equal(converted[f"{layer.path}.weight"], expected), layer
+        checked.add(layer.path)
+    assert checked == {path for path, shape in shapes.items() if len(shape) > 1}
 
 
 def unet_blocks(down, up, middle, resnets_down=2):
@@ -313,8 +304,6 @@ def test_a_controlnet_is_no_base_of_the_family_that_it_was_copied_from(name):
 def test_lora_spellings_are_found_without_a_base(name):
     family = families()[name.split()[0]]
     for layer in family.layers(shapes_of(name)):
-        if layer.path in SWAPPED.get(family.name, ()):
-            continue
         for path in (layer.path, layer.path.replace(".", "_")):
             assert [found.name for found in family.find("unet", path)] == [layer.name]
         for path in (layer.original, layer.original.replace(".", "_")):
@@ -387,7 +376,7 @@ KNOWN = {
     "modules",
     "aliases",
     "rows",
-    "ratio",
+    "swapped",
     "proportions",
     "variants",
 }
@@ -416,7 +405,7 @@ def test_a_table_is_well_formed(file):
             assert original.count("*") == path.count("*") <= 1
             assert path in paths
     assert all(PATH.fullmatch(path) and path.count("*") <= 1 for path in same)
-    for pattern in [*table.get("rows", {}), *table.get("ratio", {})]:
+    for pattern in [*table.get("rows", {}), *table.get("swapped", [])]:
         assert pattern in modules
     fused = {original for original, parts in modules.items() if isinstance(parts, list)}
     assert set(table.get("proportions", {})) <= fused | set(paths)

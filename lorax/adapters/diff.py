@@ -40,7 +40,8 @@ class DiffLayer(AdapterLayer):
         """See the base; in the shape of the weight, without which ComfyUI leaves it out."""
         return {"diff": self.diff.reshape(self.layer.shape or self.diff.shape)}
 
-    def _row_axes(self) -> dict[str, int]:
+    def row_axes(self) -> dict[str, int]:
+        """See the base."""
         return {"diff": 0}
 
 
@@ -80,5 +81,6 @@ class VectorLayer(AdapterLayer):
         """See the base."""
         return {self.role: self.diff}
 
-    def _row_axes(self) -> dict[str, int]:
+    def row_axes(self) -> dict[str, int]:
+        """See the base."""
         return {"diff": 0}

@@ -69,7 +69,8 @@ class FouraLayer(ScaledLayer):
         B, A = self._factors(parts)
         return B @ A
 
-    def _row_axes(self) -> dict[str, int]:
+    def row_axes(self) -> dict[str, int]:
+        """See the base."""
         return {"foura_up": 0}
 
 

@@ -152,7 +152,7 @@ class AdapterLayer(ABC):
     @property
     def is_divisible(self) -> bool:
         """Whether `cut` can cut it."""
-        return self._row_axes() is not None
+        return self.row_axes() is not None
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors that are there, by field."""
@@ -248,7 +248,7 @@ class AdapterLayer(ABC):
         Args:
             layers: The layers whose weights, stacked by rows in this order, are the fused weight.
         """
-        axes = self._row_axes()
+        axes = self.row_axes()
         if axes is None:
             return None
         found: list[Self] = []
@@ -264,7 +264,7 @@ class AdapterLayer(ABC):
             start += layer.shape[0]
         return found
 
-    def _row_axes(self) -> dict[str, int] | None:
+    def row_axes(self) -> dict[str, int] | None:
         """Return the parts that belong to rows of the update, and the axis of the rows; None if it cannot be cut."""
         return None
 
@@ -347,7 +347,7 @@ def stacked(parts: Sequence[AdapterLayer], layer: Layer) -> AdapterLayer | None:
         layer: The fused layer.
     """
     first = parts[0]
-    axes = first._row_axes()  # pyright: ignore[reportPrivateUsage]
+    axes = first.row_axes()
     if axes is None or not all(_shares(first, part, axes) for part in parts):
         return None
     rows = {
@@ -362,7 +362,7 @@ def stacked(parts: Sequence[AdapterLayer], layer: Layer) -> AdapterLayer | None:
 def _shares(a: AdapterLayer, b: AdapterLayer, axes: Mapping[str, int]) -> bool:
     """Return whether two layers differ in nothing but their rows."""
     ours, theirs = a.parts(), b.parts()
-    if type(a) is not type(b) or ours.keys() != theirs.keys() or b._row_axes() != axes:  # pyright: ignore[reportPrivateUsage]
+    if type(a) is not type(b) or ours.keys() != theirs.keys() or b.row_axes() != axes:
         return False
     if getattr(a, "alpha", None) != getattr(b, "alpha", None) or any(ours[n].dtype != theirs[n].dtype for n in ours):
         return False

@@ -55,7 +55,8 @@ class LohaLayer(ScaledLayer):
         first, second = (_rebuilt(parts, number) for number in "12")
         return first.mul_(second).mul_(self.scale)  # both are new here
 
-    def _row_axes(self) -> dict[str, int] | None:
+    def row_axes(self) -> dict[str, int] | None:
+        """See the base."""
         axis = 0 if self.hada_t1 is None else 1
         per_output = self.dora_scale is None or self.dora_scale.shape[0] == self.hada_w1_a.shape[axis]
         return {"hada_w1_a": axis, "hada_w2_a": axis, "dora_scale": 0} if per_output else None

@@ -133,7 +133,8 @@ class LoraLayer(ScaledLayer):
         up, down = self.shaped()
         return AdapterLayer.tensors(replace(self, lora_up=up, lora_down=down))
 
-    def _row_axes(self) -> dict[str, int] | None:
+    def row_axes(self) -> dict[str, int] | None:
+        """See the base."""
         per_output = self.dora_scale is None or self.dora_scale.shape[0] == self.lora_up.shape[0]
         return {"lora_up": 0, "dora_scale": 0} if per_output else None
 
@@ -154,20 +155,26 @@ def fuse(parts: Sequence[LoraLayer], layer: Layer) -> LoraLayer:
     whole = stacked(parts, layer)
     if isinstance(whole, LoraLayer):
         return whole
+    ups, downs, alpha = _side_by_side(parts)
+    scales = [part.dora_scale for part in parts if part.dora_scale is not None]
+    return LoraLayer(layer, torch.block_diag(*ups), downs, alpha, dora_scale=torch.cat(scales) if scales else None)
+
+
+def added(first: LoraLayer, second: LoraLayer) -> LoraLayer:
+    """Return the sum of two updates of one layer without magnitudes, exactly: its rank is the sum of theirs."""
+    ups, downs, alpha = _side_by_side([first, second])
+    return LoraLayer(first.layer, torch.cat(ups, 1), downs, alpha)
+
+
+def _side_by_side(parts: Sequence[LoraLayer]) -> tuple[list[Tensor], Tensor, float]:
+    """Return each `lora_up`, all `lora_down` stacked, and the alpha that goes with that rank."""
     flat = [_without_mid(part) for part in parts]
     scale = flat[0].scale
     if any(part.scale != scale for part in flat):
         flat, scale = [part.scaled() for part in flat], 1.0
     ups = _alike(part.lora_up.reshape(part.lora_up.shape[0], -1) for part in flat)
-    downs = _alike(part.lora_down.reshape(part.rank, -1) for part in flat)
-    scales = [part.dora_scale for part in parts if part.dora_scale is not None]
-    return LoraLayer(
-        layer,
-        torch.block_diag(*ups),
-        torch.cat(downs),
-        scale * sum(part.rank for part in flat),
-        dora_scale=torch.cat(scales) if scales else None,
-    )
+    downs = torch.cat(_alike(part.lora_down.reshape(part.rank, -1) for part in flat))
+    return ups, downs, scale * downs.shape[0]
 
 
 def _magnitude(tensor: Tensor) -> int:

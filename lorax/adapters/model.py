@@ -30,7 +30,7 @@ class Adapter:
         layers: The update of each layer, by layer name.
         unused: What else was in the file, key -> why it is not used.
         metadata: The file's own metadata.
-        origins: The update as its file spells it that each layer is (or is a part of), by layer name.
+        origins: The updates as its file spells them that each layer is (or is a part of) the sum of, by layer name.
         unread: Layers (as the file spells them where they are not known) with an update in the file that is not used
             -> why. What is no update of a layer, such as a textual-inversion vector, is in `unused` only.
         alternatives: Where `family` is None because the file fits several: these; else none.
@@ -42,7 +42,7 @@ class Adapter:
     layers: Mapping[str, AdapterLayer]
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    origins: Mapping[str, Update] = field(default_factory=dict[str, Update])
+    origins: Mapping[str, tuple[Update, ...]] = field(default_factory=dict[str, tuple[Update, ...]])
     unread: Mapping[str, str] = field(default_factory=dict[str, str])
     alternatives: tuple[Family, ...] = ()
 
@@ -78,7 +78,7 @@ class Adapter:
         Raises:
             MismatchError: The adapter is of another family: its cross-attention reads another text width.
         """
-        updates = [self.origins.get(name) or _update(own) for name, own in self.layers.items()]
+        updates = [up for name, own in self.layers.items() for up in self.origins.get(name) or (_update(own),)]
         widths = text_widths(updates)
         if base.family.unet is not None and widths - {base.family.unet.context_dim}:
             made_for = self.family_label or f"a family of text width {min(widths)}"

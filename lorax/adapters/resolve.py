@@ -7,7 +7,8 @@ from typing import Any
 from ..base import Base
 from ..errors import FormatError
 from ..families import Family, families
-from ..layers import MAIN, Layer, flatten, reads_text
+from ..layers import MAIN, Layer, flatten, is_swapped, reads_text
+from .combine import total, with_halves_swapped
 from .keys import ENCODER_KINDS, indexed_layers
 from .layer import AdapterLayer, Shape, fits, magnitude_shape
 
@@ -47,13 +48,13 @@ class Placed:
     Attributes:
         families: The families that the adapter may be of, by whose names the layers are called.
         layers: The update of each layer, by layer name.
-        origins: The update of the file that a layer is (or is a part of), by layer name.
+        origins: The updates of the file that a layer is (or is a part of) the sum of, by layer name.
         refused: What found no place, and why.
     """
 
     families: tuple[Family, ...]
     layers: dict[str, AdapterLayer] = field(default_factory=dict[str, AdapterLayer])
-    origins: dict[str, Update] = field(default_factory=dict[str, Update])
+    origins: dict[str, tuple[Update, ...]] = field(default_factory=dict[str, tuple[Update, ...]])
     refused: list[tuple[Update, FormatError]] = field(default_factory=list[tuple[Update, FormatError]])
 
     @property
@@ -80,17 +81,26 @@ def place(updates: Sequence[Update], base: Base | None, told: tuple[Family, ...]
     if base is not None and _is_of(updates, base, told):
         told = (base.family,)
     placed = Placed(told)
+    reach: dict[str, set[str]] = {}  # of each layer, all layers of the updates that it has
     for update in updates:
         try:
             found = _vector(update, base, told) if update.parameter else _matrix(update, base, told)
-            if twice := next((own.layer.name for own in found if own.layer.name in placed.layers), ""):
+            names = {own.layer.name for own in found}
+            # As in ComfyUI those of a fused weight and of its part add up; of two for the same weight one counts.
+            if twice := next((name for name in names if reach.get(name) == names), ""):
                 got = f"another key of the file means the same layer, {twice}"
                 raise FormatError("two updates for one layer", got, "use a sound copy")
+            found = [
+                total(placed.layers[own.layer.name], own) if own.layer.name in placed.layers else own for own in found
+            ]
         except FormatError as error:
             placed.refused.append((update, error))
             continue
-        placed.layers |= {own.layer.name: own for own in found}
-        placed.origins |= {own.layer.name: update for own in found}
+        for own in found:
+            name = own.layer.name
+            placed.layers[name] = own
+            placed.origins[name] = (*placed.origins.get(name, ()), update)
+            reach[name] = names
     return placed
 
 
@@ -221,6 +231,7 @@ def _matrix(update: Update, base: Base | None, told: tuple[Family, ...]) -> list
     own, shape = update.own, update.own.layer.shape  # of the outputs alone a layer cannot be made
     if not found:
         return [replace(own, layer=replace(own.layer, name=_own_name(update.component, update.path, told)))]
+    own = _in_our_order(update, found[0])
     if not _whole_fits(found, shape):
         whole = replace(found[0], shape=shape) if len(found) == 1 else whole_of(found, shape)
         return [_on(own, whole)]
@@ -237,8 +248,15 @@ def _agreed(options: list[list[Layer]]) -> list[Layer]:
     if all(layers == first for layers in options):
         return first
     alone = all(len(layers) == 1 and layers[0].rows is None for layers in options)
-    names = {(layers[0].name, layers[0].shape) for layers in options} if alone else set[tuple[str, Shape]]()
-    return [replace(first[0], original="")] if len(names) == 1 else []
+    named = [replace(layers[0], original="") for layers in options] if alone else []
+    return named[:1] if len(set(named)) == 1 else []
+
+
+def _in_our_order(update: Update, layer: Layer) -> AdapterLayer:
+    """Return an update with shift and scale in the order of its layer, where its file has them in the other."""
+    path = f"{update.path}.{update.parameter}" if update.parameter else update.path
+    is_other = is_swapped(layer, path) and not update.own.layer.swapped  # what a transfer made has our order
+    return with_halves_swapped(update.own) if is_other else update.own
 
 
 def _on(own: AdapterLayer, layer: Layer) -> AdapterLayer:
@@ -266,11 +284,12 @@ def _vector(update: Update, base: Base | None, told: tuple[Family, ...]) -> list
     """Return the difference of a parameter of one dimension on it."""
     for path in (f"{update.path}.{update.parameter}", update.path):
         if base is not None and (found := base.vectors.find(_component(update.component, base.family), path)):
-            return [replace(update.own, layer=replace(found[0], shape=update.shape))]
+            return [replace(_in_our_order(update, found[0]), layer=replace(found[0], shape=update.shape))]
     owners = _agreed([family.find(_component(update.component, family), update.path) for family in told])
     if not owners:
         name = f"{_own_name(update.component, update.path, told)}.{update.parameter}"
         return [replace(update.own, layer=replace(update.own.layer, name=name))]
     owner = owners[0] if len(owners) == 1 else whole_of(owners, ())
     original = f"{owner.original or owner.path}.{update.parameter}"
-    return [replace(update.own, layer=Layer(f"{owner.name}.{update.parameter}", update.shape, original))]
+    layer = Layer(f"{owner.name}.{update.parameter}", update.shape, original, swapped=owner.swapped)
+    return [replace(_in_our_order(update, layer), layer=layer)]

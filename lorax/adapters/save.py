@@ -11,17 +11,18 @@ from torch import Tensor
 
 from ..errors import NumericsError, OptionError
 from ..families import Family
-from ..layers import Layer
+from ..layers import Layer, is_swapped
 from ..linalg import all_finite
 from ..options import NAMINGS
 from ..output import check_output, write_bytes
 from ..tensorfile import serialize
+from .combine import whole, with_halves_swapped
 from .config import HEADER_ALPHA
 from .diff import VectorLayer
-from .keys import FLATTENED, is_fused, module_name, parts_of
-from .layer import AdapterLayer, stacked
+from .keys import FLATTENED, is_fused, module_name
+from .layer import AdapterLayer
 from .load import LORA_X_VERSION
-from .lora import LoraLayer, fuse
+from .lora import LoraLayer
 from .lora_x import LoraXLayer
 from .model import Adapter
 
@@ -47,7 +48,8 @@ def save_adapter(
     Layers become what `AdapterLayer.tensors` says, in the spelling of kohya and LyCORIS. In the namings `diffusers` and
     `original` a LoRA becomes `lora_A`, `lora_B` (`diffusers`: with the scale within them, as its default is 1; in
     float32 where half precision would round it, see `LoraLayer.scaled`). Parts of a weight that the naming knows only
-    fused are put together; where some are missing or do not go together, each has the name that diffusers gives it.
+    fused are put together, with zero rows for missing ones; where that has no exact form, each has the name that
+    diffusers gives it.
     LoRA-X layers become `<layer>.delta`, their fingerprints stand in the metadata.
 
     Args:
@@ -77,7 +79,7 @@ def save_adapter(
             fingerprints[layer.layer.name] = layer.fingerprint
         elif dtype is not None:
             layer = layer.moved(layer.layer, dtype)
-        for part, tensor in _parts(layer, naming).items():
+        for part, tensor in _parts(layer, module, naming).items():
             key = f"{module}.{part}"
             tensors[key] = tensor if dtype is None or part in ("delta", "alpha") else _cast(tensor, dtype, key)
     for key in [key for key in tensors if key.endswith(".b_norm")]:
@@ -108,26 +110,23 @@ def _modules(adapter: Adapter, naming: str) -> Iterator[tuple[str, AdapterLayer]
             modules.setdefault(module_name(layer.layer, family, naming), []).append(layer)
     for module, parts in modules.items():
         alone = len(parts) == 1 and not is_fused(parts[0].layer, family, naming)
-        whole = parts[0] if alone else _fused(parts, family)
-        if whole is None:
+        fused = parts[0] if alone else _fused(parts, family)
+        if fused is None:
             yield from ((part.layer.name, part) for part in parts)
         else:
-            yield module, whole
+            yield module, fused
 
 
 def _fused(parts: Sequence[AdapterLayer], family: Family | None) -> AdapterLayer | None:
-    """Return the update of a whole fused weight; None if not all of its parts are there, or they do not go together."""
+    """Return the update of a whole fused weight, zero where it has no part; None where there is no exact one."""
     first = parts[0].layer
-    expected = parts_of(first, family)
-    if {part.layer.name for part in parts} != set(expected) or not all(part.is_divisible for part in parts):
+    rows = family.part_rows(first.original, {part.layer.path: part.layer.shape for part in parts}) if family else {}
+    if not rows:
         return None
-    parts = sorted(parts, key=lambda part: expected.index(part.layer.name))
-    rows = sum(part.layer.shape[0] for part in parts)
-    layer = Layer(f"{first.component}.{first.original}", (rows, *first.shape[1:]), first.original)
-    loras = [part for part in parts if isinstance(part, LoraLayer)]
-    if len(loras) == len(parts) and len({part.kind for part in loras}) == 1:
-        return fuse(loras, layer)
-    return stacked(parts, layer)
+    parts = sorted(parts, key=lambda part: rows[part.layer.path])
+    size = max(stop for _, stop in rows.values())
+    layer = Layer(f"{first.component}.{first.original}", (size, *first.shape[1:]), first.original)
+    return whole(parts, [rows[part.layer.path] for part in parts], layer)
 
 
 def _owner(parameter: Layer) -> Layer:
@@ -135,11 +134,13 @@ def _owner(parameter: Layer) -> Layer:
     path, original = (
         text.removesuffix(".weight").removesuffix(".bias") for text in (parameter.name, parameter.original)
     )
-    return Layer(path, parameter.shape, original)
+    return Layer(path, parameter.shape, original, swapped=parameter.swapped)
 
 
-def _parts(layer: AdapterLayer, naming: str) -> dict[str, Tensor]:
+def _parts(layer: AdapterLayer, module: str, naming: str) -> dict[str, Tensor]:
     """Return the tensors of a layer by what is written after `<module>.`."""
+    if is_swapped(_owner(layer.layer), module):
+        layer = with_halves_swapped(layer)
     if naming not in ("diffusers", "original") or not isinstance(layer, LoraLayer) or layer.lora_mid is not None:
         return layer.tensors()
     scaled = naming == "original" and layer.scale != 1
