@@ -185,7 +185,7 @@ def gains(results: Results, *styles: str) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for key, value in keyed.items():
         if key[-1] not in ("copy", "trained", "no adapter") and (*key[:-1], "copy") in keyed:
-            found.setdefault(key[-1], []).append(value - keyed[*key[:-1], "copy"])
+            found.setdefault(key[-1], []).append(value - keyed[(*key[:-1], "copy")])
     return found
 
 

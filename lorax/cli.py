@@ -4,7 +4,6 @@ import json
 import math
 import re
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from rich.table import Table
 from .console import bar, plain, png, print_migration, print_report, print_similarity, say, warn
 from .entry import run
 from .errors import FileError, OptionError, printable
-from .options import LORA_RANK, RANK, THRESHOLD, Dora, DType, Format, Matching, Method, Naming, Run
+from .options import LORA_RANK, RANK, THRESHOLD, Choice, Dora, DType, Format, Matching, Method, Naming, Run
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ caches = typer.Typer(help="What is kept of earlier work, so that no layer is dec
 app.add_typer(caches, name="cache")
 
 
-class Device(StrEnum):
+class Device(Choice):
     """Where to compute."""
 
     auto = "auto"

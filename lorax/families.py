@@ -1,7 +1,6 @@
 """The families of base models that are known, from `tables/`, and the names of their layers."""
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -9,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from . import toml
 from .layers import MAIN, NESTED, Layer, LayerTable, flatten, reads_text
 from .unet import UNetConfig, diffusers_to_ldm, ldm_to_diffusers
 
@@ -360,7 +360,7 @@ UNKNOWN = Family("unknown", "an unknown family", "transformer", "original")
 def families() -> Mapping[str, Family]:
     """Return the known families by name, in the order in which they are tried."""
     paths = sorted(Path(__file__).with_name("tables").glob("*.toml"))
-    found = {path.stem: _family(path.stem, tomllib.loads(path.read_text(encoding="utf-8"))) for path in paths}
+    found = {path.stem: _family(path.stem, toml.loads(path.read_text(encoding="utf-8"))) for path in paths}
     # U-Nets first: what fits several, such as an adapter for CLIP-L only, most likely is for one of them.
     return dict(sorted(found.items(), key=lambda item: item[1].unet is None))
 

@@ -1,9 +1,15 @@
 """The choices and defaults of a transfer and of training, each with its source."""
 
-from enum import StrEnum
+from enum import Enum
 
 
-class Method(StrEnum):
+class Choice(str, Enum):
+    """Words to choose from, each the text that it is (`enum.StrEnum`, which Python 3.10 does not have)."""
+
+    __str__ = str.__str__
+
+
+class Method(Choice):
     """How an update is moved; the formulas are in `lorax.methods`."""
 
     auto = "auto"
@@ -15,7 +21,7 @@ class Method(StrEnum):
     by_index = "index"
 
 
-class Matching(StrEnum):
+class Matching(Choice):
     """How blocks of the two bases are paired; see `lorax.matching`."""
 
     auto = "auto"
@@ -24,21 +30,21 @@ class Matching(StrEnum):
     argmax = "argmax"
 
 
-class Dora(StrEnum):
+class Dora(Choice):
     """How a DoRA is moved."""
 
     direction = "direction"
     dense = "dense"
 
 
-class Format(StrEnum):
+class Format(Choice):
     """The form of the result."""
 
     lora = "lora"
     lora_x = "lora-x"
 
 
-class Naming(StrEnum):
+class Naming(Choice):
     """How the result spells its layers."""
 
     keep = "keep"
@@ -47,7 +53,7 @@ class Naming(StrEnum):
     original = "original"
 
 
-class DType(StrEnum):
+class DType(Choice):
     """How the result is stored."""
 
     keep = "keep"
@@ -56,7 +62,7 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class Run(StrEnum):
+class Run(Choice):
     """Where a migration runs."""
 
     local = "local"

@@ -3,11 +3,11 @@
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from .errors import OptionError
 from .matching import Assignment
+from .options import Choice
 from .scores import Array, Score
 from .similarity import Similarity
 
@@ -23,7 +23,7 @@ ROUNDING = 1e-3
 MOST_STRENGTH = 4.0
 
 
-class Outcome(StrEnum):
+class Outcome(Choice):
     """What became of one layer of an adapter."""
 
     TRANSFERRED = "transferred"

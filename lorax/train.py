@@ -17,12 +17,13 @@ from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import AdamW, Optimizer
+from typing_extensions import Self
 
 from .adapters import Adapter, LoraXLayer
 from .base import Base, in_our_order, module_base, module_place

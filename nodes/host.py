@@ -85,8 +85,7 @@ def weight_of(patcher: Any, key: str) -> Tensor:
 def open_model(model: Any, clip: Any = None) -> Base:
     """Return a MODEL, and a CLIP if there is one, as a base whose weights are read one at a time.
 
-    Raises:
-        FormatError: The MODEL has no U-Net of a known family; the kinds of layer that were seen are named.
+    The layers of a MODEL of no known family have the names that the host's own LoRA loader gives them.
     """
     name = type(getattr(model.model, "model_config", model.model)).__name__
     parameters = _parameters(model, UNET)

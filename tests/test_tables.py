@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import tomllib
 from pathlib import Path
 
 import diffusers
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import lorax
-from lorax import load_adapter
+from lorax import load_adapter, toml
 from lorax.families import families, recognise
 
 TABLES = sorted((Path(lorax.__file__).parent / "tables").glob("*.toml"))
@@ -388,7 +387,7 @@ PATH = re.compile(r"[\w-]+(\.([\w-]+|\*))*")
 def test_a_table_is_well_formed(file):
     text = file.read_text(encoding="utf-8")
     assert text.startswith("# ")
-    table = tomllib.loads(text)
+    table = toml.loads(text)
     assert set(table) <= KNOWN
     assert table["component"] == ("unet" if "unet" in table else "transformer")
     assert table["kohya"] in ("original", "diffusers")

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..layers import Layer
 from .layer import WEIGHT, AdapterLayer, Parts, ScaledLayer, Shape, Shapes, misfit, stacked, times

@@ -1,13 +1,13 @@
 """What a migration is to do, as plain data: one task for each adapter and target."""
 
 import os
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Any, cast, get_args
 
+from .. import toml
 from ..adapters.config import read_files
 from ..base import open_base
 from ..errors import FileError, FormatError, LoraxError, OptionError
@@ -133,7 +133,7 @@ def _moves(manifest: Path) -> list[Any]:
     try:
         if os.path.exists(manifest) and not os.path.isfile(manifest):  # to open a pipe is to wait
             raise ValueError("no ordinary file")
-        moves: Any = tomllib.loads(manifest.read_text(encoding="utf-8-sig")).get("move")
+        moves: Any = toml.loads(manifest.read_text(encoding="utf-8-sig")).get("move")
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError("not a manifest", f"{manifest}: {error}", MANIFEST) from error
     if not isinstance(moves, list) or not moves:
