@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -55,7 +56,8 @@ CASES = [
     (MIGRATE, 1, [name for name in NO_INPUT if name not in ("", ".")]),
     (MIGRATE, 7, ["pipe", "a.safetensors", "a.safetensors/x", "/dev/full", "x" * 5000, "/proc/x"]),
     (MIGRATE, "--report", NO_OUTPUT),
-    *((MIGRATE, option, [*NO_NUMBER, "0", "-1"]) for option in ("--workers",)),
+    (MIGRATE, "--workers", [*NO_NUMBER, "0", "-1"]),
+    (MIGRATE, "--gpu-share", [*NO_NUMBER, "-1", "nan", "inf"]),
     (["migrate", "loras", "-o", "out"], "--manifest", NO_INPUT),
     *((["evaluate", "loras"], place, NO_INPUT) for place in (1, "--hpsv2", "--lpips", "--dinov2", "--reference")),
 ]
@@ -155,7 +157,9 @@ def lorax(*words, **options):
     return subprocess.run(command, check=False, env=environment, stdin=subprocess.DEVNULL, **options)
 
 
-@pytest.mark.parametrize("words", [["--version"], ["--help"], ["inspect", "0.safetensors"], ["cache", "info"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--help"], ["inspect", "0.safetensors"], ["cache", "--help"]], ids=str
+)
 def test_a_full_device_is_no_place_to_print(here, words):
     with open("/dev/full", "w") as full:
         done = lorax(*words, stdout=full, stderr=subprocess.PIPE, text=True)
@@ -176,3 +180,19 @@ def test_no_console_at_all(here):
 
     assert lorax("inspect", "0.safetensors", preexec_fn=close).returncode == 0
     assert lorax("inspect", "nowhere", preexec_fn=close).returncode == 1
+
+
+def test_a_user_without_a_home(here, monkeypatch):
+    """Whom the system does not know, in a container, say: nothing is kept, and all else works."""
+
+    def unknown(_):
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "LORAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for words in (["inspect", "0.safetensors"], [*TRANSFER, "--method", "project", "--rank", "8"], SIMILARITY):
+        status, _, err = ended(words, monkeypatch)
+        assert (status, "Traceback" in err) == (0, False), err
+    status, _, err = ended(["cache", "info"], monkeypatch)
+    assert (status, err.count("\n"), err.startswith("error: ")) == (1, 1, True)

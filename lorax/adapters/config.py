@@ -58,7 +58,7 @@ class Configs:
 
 def read_files(adapter: Path) -> list[Path]:
     """Return the files that may be read for an adapter: its own, and the configuration beside it."""
-    return [adapter, adapter.with_name("adapter_config.json")]
+    return [adapter, adapter.parent / "adapter_config.json"]
 
 
 def read_configs(file: TensorFile) -> Configs:

@@ -1,5 +1,6 @@
 """Running a migration from its tasks to its summary."""
 
+import math
 import os
 import unicodedata
 from collections.abc import Generator, Iterable, Sequence
@@ -84,6 +85,8 @@ def migrate(
         raise OptionError("unknown engine", run, f"choose one of {', '.join(RUNS)}")
     if workers is not None and workers < 1:
         raise OptionError("too few workers", str(workers), "give a number from 1")
+    if not 0 <= gpu_share < math.inf:
+        raise OptionError("a share of a GPU is a number from 0", str(gpu_share), "give for example 0.25")
     if run == "ray" and find_spec("ray") is None:
         fix = "pip install ray, or choose the engine local"
         raise OptionError("the engine ray needs Ray", "it is not installed", fix)

@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from ..adapters import Adapter, load_adapter, save_adapter
+from ..adapters.config import read_files
 from ..base import Base, open_base
 from ..engine import Engine, or_on_cpu
 from ..errors import FileError, LoraxError, OutputError, printable
@@ -23,9 +24,6 @@ from ..tensorfile import file_hash, file_state
 from ..transfer import transfer_adapter
 from ..version import __version__
 from .job import Task
-
-# What PEFT writes beside an adapter; its scale is a part of the update.
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +88,13 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
     path, file = _inside(folder, task.output), Path(task.adapter)
     if os.path.isdir(file):
         _refuse(file)
-    own = [file, file.with_name(CONFIG)]
+    own = read_files(file)
     used = _state([*source.files, *target.files, *own])
     if used[: -len(own)] != (*source.state, *target.state):
         raise _changed(task)
     options = task.options
     work = [__version__, source.identity(), target.identity(), asdict(options)]
-    if os.path.lexists(own[1]):
-        work.append(file_hash(own[1]))
+    work += [file_hash(beside) for beside in own[1:] if os.path.lexists(beside)]
     key = hashlib.sha256(json.dumps(work).encode()).hexdigest()
     start = time.perf_counter()
     given = file_hash(file)
