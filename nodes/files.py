@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..lorax.adapters import Adapter, LoraXLayer, load_adapter, save_adapter
 from ..lorax.base import Base
 from ..lorax.convert import convert_to_lora
-from ..lorax.errors import OptionError
+from ..lorax.errors import OptionError, OutputError
 from . import host
 from .host import io, ui
 from .types import CATEGORY, AdapterPort
@@ -95,6 +95,16 @@ class LoraXSave(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        """Refuse a name that cannot be written before the graph runs; one that a link gives is not known yet."""
+        try:
+            if filename_prefix is not None:
+                host.check_prefix(filename_prefix)
+        except OutputError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, adapter, filename_prefix, form, folder, model=None):

@@ -2,9 +2,11 @@
 
 import functools
 import os
+import posixpath
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import comfy.lora
@@ -25,6 +27,7 @@ from ..lorax.cache import open_cache
 from ..lorax.engine import Engine, or_on_cpu
 from ..lorax.errors import FormatError, MismatchError, OptionError, OutputError, printable
 from ..lorax.layers import Layer
+from ..lorax.output import make_folder
 from ..lorax.progress import Progress
 
 UNET = "diffusion_model."
@@ -42,6 +45,10 @@ SPELLED = re.compile(
 REGIONAL = {"control", "gligen", "hooks", "area", "mask", "start_percent", "end_percent"}
 # Asks the host for all of the device.
 ALL_MEMORY = 1e20
+
+# Of the name of a saved file: with a number and an ending its parts stay within the 255 bytes of file systems.
+NAME_BYTES = 200
+PREFIX_CHARACTERS = 1000
 
 # A parameter of the host's model; with (dimension, start, length) for a part of it.
 Key = str | tuple[str, tuple[int, int, int]]
@@ -477,6 +484,27 @@ def adapter_path(name: str) -> str:
     return path
 
 
+def check_prefix(prefix: str) -> None:
+    """Check the name that a file shall be saved under, before any work is done.
+
+    Raises:
+        OutputError: It is empty, too long, leads out of its folder, or has characters or names that the system refuses.
+    """
+    parts = prefix.replace("\\", "/").split("/")
+    refused = "[\\x00-\\x1f\\x7f\\ud800-\\udfff]"
+    if os.name == "nt":
+        refused += '|[<>:"|?*]|[. ]$|^(?:con|prn|aux|nul|com[1-9]|lpt[1-9])(?:[.].*)?$'
+    if posixpath.normpath("/".join(parts)).split("/")[0] == "..":
+        raise OutputError("a name outside the host's folders", prefix[:200], "give a name without ..")
+    if parts[-1] in ("", ".", ".."):
+        raise OutputError("a name of no file", prefix[:200] or "nothing", "give a name such as lorax/adapter")
+    if wrong := next((part for part in parts if re.search(refused, part, re.IGNORECASE)), None):
+        raise OutputError("a name that the system refuses", wrong, "use letters, digits, - and _")
+    if len(prefix) > PREFIX_CHARACTERS or max(len(part.encode()) for part in parts) > NAME_BYTES:
+        got = f"{prefix[:40]}... has {len(prefix)} characters in {len(parts)} parts"
+        raise OutputError("a name that is too long", got, f"give at most {NAME_BYTES} bytes for each part")
+
+
 def free_path(folder: str, prefix: str) -> tuple[str, str]:
     """Return a path that does not exist yet, `<prefix>_00001_.safetensors`, and its name below a folder of the host.
 
@@ -485,18 +513,16 @@ def free_path(folder: str, prefix: str) -> tuple[str, str]:
         prefix: Name, with subfolders if wanted; never outside the folder.
 
     Raises:
-        OutputError: The name leads outside the folder, or the folder cannot be written.
+        OutputError: The name is none (`check_prefix`), leads outside the folder, or the folder cannot be written.
     """
     import folder_paths
 
+    check_prefix(prefix)
     root = folder_paths.get_output_directory() if folder == "output" else folder_paths.get_folder_paths("loras")[0]
     inside, name = os.path.realpath(root), os.path.realpath(os.path.join(root, prefix))
-    if os.path.commonpath([inside, name]) != inside or name == inside or not os.path.basename(prefix):
+    if not Path(name).is_relative_to(inside):
         raise OutputError("a name outside the host's folders", prefix, f"give a name below {folder}")
-    try:
-        os.makedirs(os.path.dirname(name), exist_ok=True)
-    except OSError as error:
-        raise OutputError("cannot make the folder", f"{prefix}: {error.strerror}", "choose another name") from error
+    make_folder(Path(name).parent)
     count = 1
     while os.path.exists(path := f"{name}_{count:05}_.safetensors"):
         count += 1

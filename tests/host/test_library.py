@@ -306,3 +306,16 @@ def test_cancel_stops_the_work(pack):
     management.interrupt_current_processing()
     with pytest.raises(management.InterruptProcessingException):
         pack.host.compute(lambda engine, progress: progress(1, 2, "a layer"), 2)
+
+
+WINDOWS = ["con", "a/NUL.txt/b", "com1", "a:b", "a/b?", "x ", "x./y", 'say "x"', "a|b", "<a>"]
+
+
+@pytest.mark.parametrize("prefix", WINDOWS)
+def test_names_that_windows_refuses_are_refused_there(pack, monkeypatch, prefix):
+    pack.host.check_prefix(prefix)
+    with monkeypatch.context() as windows:
+        windows.setattr(pack.host.os, "name", "nt")
+        with pytest.raises(pack.lorax.LoraxError, match="refuses"):
+            pack.host.check_prefix(prefix)
+        pack.host.check_prefix("lorax\\console.v1")

@@ -303,7 +303,7 @@ BAD = {
     "save outside": (transfer() | {"6": save(adapter=["4", 0], filename_prefix="../../escape")}, "outside"),
     "save where a file stands": (
         transfer() | {"6": save(adapter=["4", 0], filename_prefix="sd15-style.safetensors/name")},
-        "cannot make the folder",
+        "cannot make a folder",
     ),
     "save as LoRA-X what is none": (transfer() | {"6": save(adapter=["4", 0], form="LoRA-X")}, "Convert to LoRA-X"),
     "rank of nothing": (transfer(rank=0), "rank"),
@@ -320,6 +320,53 @@ def test_bad_input_is_an_error_of_the_node(host, prompt, words):
     assert not result.ok
     assert words in result.error
     assert not list(host.base.rglob("escape*"))
+
+
+PREFIXES = {
+    "NUL": ("lorax/a\0b", "refuses"),
+    "a lone surrogate": ("lorax/\ud800", "refuses"),
+    "a new line": ("a\nb", "refuses"),
+    "2,000 levels": ("a/" * 2000 + "x", "too long"),
+    "a long name": ("\xe9" * 101, "too long"),
+    "upwards": ("../x", "outside"),
+    "upwards in the middle": ("a/../../x", "outside"),
+    "upwards, as Windows writes it": ("a\\..\\..\\x", "outside"),
+    "nothing": ("", "no file"),
+    "a folder": ("lorax/", "no file"),
+    "this folder": (".", "no file"),
+}
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_a_name_that_cannot_be_saved_is_refused_before_the_graph_runs(host, name):
+    prefix, words = PREFIXES[name]
+    before = sorted(host.base.rglob("*.safetensors"))
+    prompt = {"3": transfer()["3"], "6": save(adapter=["3", 0], filename_prefix=prefix)}
+    answer = host.post("/prompt", {"prompt": prompt})
+    assert "prompt_id" not in answer
+    assert words in json.dumps(answer["node_errors"]["6"])
+    assert sorted(host.base.rglob("*.safetensors")) == before
+
+
+def test_names_of_many_kinds_are_saved(host):
+    for prefix in (
+        "lorax/\U0001f469\u200d\U0001f680 \xe9t\xe9",
+        "a/b/../c",
+        "\xe9" * 100,
+        ".hidden",
+        "con.x",
+        "x" * 200,
+    ):
+        saved = host.run({"3": transfer()["3"], "6": save(adapter=["3", 0], filename_prefix=prefix)})
+        assert saved.ok, saved.error
+        assert (host.base / "models/loras" / saved.outputs["6"]["text"][0]).is_file()
+
+
+def test_a_name_that_a_link_gives_is_checked_when_it_comes(host):
+    text = node("PrimitiveString", value="../../escape")
+    result = host.run({"3": transfer()["3"], "5": text, "6": save(adapter=["3", 0], filename_prefix=["5", 0])})
+    assert not result.ok
+    assert "outside" in result.error
 
 
 def test_no_markup_reaches_the_page(host, real_host):
