@@ -21,13 +21,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from ..lorax import output
 from ..lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
 from ..lorax.base import Base, loaded_base
 from ..lorax.cache import open_cache
 from ..lorax.engine import Engine, or_on_cpu
 from ..lorax.errors import FormatError, MismatchError, OptionError, OutputError, printable
 from ..lorax.layers import Layer
-from ..lorax.output import make_folder
 from ..lorax.progress import Progress
 
 UNET = "diffusion_model."
@@ -490,16 +490,16 @@ def check_prefix(prefix: str) -> None:
     Raises:
         OutputError: It is empty, too long, leads out of its folder, or has characters or names that the system refuses.
     """
-    parts = prefix.replace("\\", "/").split("/")
-    refused = "[\\x00-\\x1f\\x7f\\ud800-\\udfff]"
-    if os.name == "nt":
-        refused += '|[<>:"|?*]|[. ]$|^(?:con|prn|aux|nul|com[1-9]|lpt[1-9])(?:[.].*)?$'
-    if posixpath.normpath("/".join(parts)).split("/")[0] == "..":
+    plain = prefix.replace("\\", "/")
+    parts = posixpath.normpath(plain).split("/")
+    windows = output.UNNAMEABLE.fullmatch if output.WINDOWS else lambda _: None
+    wrong = next((part for part in parts if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", part) or windows(part)), None)
+    if parts[0] == "..":
         raise OutputError("a name outside the host's folders", prefix[:200], "give a name without ..")
-    if parts[-1] in ("", ".", ".."):
+    if plain.rpartition("/")[2] in ("", ".", ".."):
         raise OutputError("a name of no file", prefix[:200] or "nothing", "give a name such as lorax/adapter")
-    if wrong := next((part for part in parts if re.search(refused, part, re.IGNORECASE)), None):
-        raise OutputError("a name that the system refuses", wrong, "use letters, digits, - and _")
+    if wrong is not None:
+        raise OutputError("a name that the system refuses", wrong[:200], "use letters, digits, - and _")
     if len(prefix) > PREFIX_CHARACTERS or max(len(part.encode()) for part in parts) > NAME_BYTES:
         got = f"{prefix[:40]}... has {len(prefix)} characters in {len(parts)} parts"
         raise OutputError("a name that is too long", got, f"give at most {NAME_BYTES} bytes for each part")
@@ -522,7 +522,7 @@ def free_path(folder: str, prefix: str) -> tuple[str, str]:
     inside, name = os.path.realpath(root), os.path.realpath(os.path.join(root, prefix))
     if not Path(name).is_relative_to(inside):
         raise OutputError("a name outside the host's folders", prefix, f"give a name below {folder}")
-    make_folder(Path(name).parent)
+    output.make_folder(Path(name).parent)
     count = 1
     while os.path.exists(path := f"{name}_{count:05}_.safetensors"):
         count += 1
