@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorax import load_adapter, open_base, save_adapter
+from lorax import FormatError, load_adapter, open_base, save_adapter
 from lorax.base import module_base
 
 G = torch.Generator().manual_seed(0)
@@ -368,3 +368,33 @@ def test_parts_of_a_fused_weight_are_written_as_the_whole(tmp_path, naming, kind
         torch.testing.assert_close(again.layers[name].delta_weight(), own.delta_weight())
     for name in again.layers.keys() - adapter.layers.keys():
         assert not again.layers[name].delta_weight().any()
+
+
+def test_oft_of_kohya_s_scripts(tmp_path):
+    """Their formula (networks/oft.py): Q held to `alpha * out`, then the rows turned by Cayley's rotation."""
+    module, alpha = "oft_unet_transformer_blocks_0_attn_to_out_0", 1e-2
+    blocks, weight = (torch.randn(*size, generator=G).double() for size in ((4, 16, 16), (64, 64)))
+    adapter = read(tmp_path, {f"{module}.oft_blocks": blocks.float(), f"{module}.alpha": torch.tensor(alpha)}, flux())
+    own = adapter.layers["transformer.transformer_blocks.0.attn.to_out.0"]
+    Q = blocks - blocks.mT
+    Q = Q * min(1.0, alpha * 64 / float(Q.norm()))
+    eye = torch.eye(16, dtype=torch.float64)
+    R = (eye + Q) @ torch.linalg.inv(eye - Q)
+    turned = torch.einsum("knm,knp->kmp", R, weight.reshape(4, 16, 64)).reshape(64, 64)
+    torch.testing.assert_close(own.delta_weight(weight), turned - weight, rtol=1e-4, atol=1e-5)
+
+
+def test_oft_of_kohya_s_scripts_for_flux_is_refused_by_name(tmp_path):
+    tensors = {f"oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.{i}": torch.randn(2, 32, 32) for i in range(3)}
+    with pytest.raises(FormatError, match="OFT of kohya's scripts"):
+        read(tmp_path, tensors | {"oft_unet_double_blocks_0_img_attn_qkv.alpha": torch.tensor(1e-4)}, flux())
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.0.modulation", "head.modulation", "scale_shift_table", "transformer_blocks.3.scale_shift_table"]
+)
+def test_a_parameter_that_is_no_weight_of_a_layer_is_said_to_be_one(tmp_path, name):
+    tensors = {f"diffusion_model.{name}.diff": torch.randn(1, 6, 64)} | pair(f"diffusion_model.{QKV}", 192, 64)[0]
+    adapter = read(tmp_path, tensors, flux())
+    assert len(adapter.layers) == 3
+    assert "neither weight nor bias of a layer" in adapter.unused[f"diffusion_model.{name}.diff"]

@@ -40,6 +40,7 @@ ENCODER_KINDS = ("clip_l", "clip_g", "clip_h", "t5xxl")
 PREFIXES = {
     "lora_unet__": ("unet", "kohya"),
     "lora_unet_": ("unet", "kohya"),
+    "oft_unet_": ("unet", "kohya"),
     "Hunyuan_video_I2V_lora_": ("unet", "kohya"),
     "lora_transformer_": ("unet", "onetrainer"),
     "lycoris_": ("unet", "simpletuner"),
@@ -80,7 +81,13 @@ CLIP_BLOCK = re.compile(r"encoder([._])layers\1\d+\1(self_attn|mlp|layer_norm)")
 COMPONENTS = {"text_conditioner.": "llm_adapter."}
 INPUT_SIDE = "a rotation of PEFT, of the inputs and by settings that the file does not hold: merge it with PEFT first"
 EMBEDDING = "a textual-inversion vector: a LoRA file has no place for it, keep the original beside the result"
+PARTS_OF_OFT = "OFT of kohya's scripts for FLUX, with blocks for each part of a fused weight: merge it with them first"
+# Differences that ComfyUI adds to parameters which are no weight or bias of a layer (Wan, LTX).
+PARAMETER = r"(?:(?<=[._]modulation)|(?<=scale_shift_table)|(?<=emb_pos))\.diff$"
+NO_LAYER = "the difference of a parameter that is neither weight nor bias of a layer: it stays with its own base"
 REASONS = (
+    (PARAMETER, NO_LAYER),
+    (r"\.oft_blocks\.\d+$", PARTS_OF_OFT),
     (r"\.set_weight$|\.(query|key)_norm\.scale$", "it replaces a weight: that is no update of one"),
     (r"\.b?oft_[RS](\.|$)|\.boft_s(\.|$)", INPUT_SIDE),
     (
@@ -97,6 +104,7 @@ REASONS = (
 )
 
 
+UNKNOWN_KEY = "not a part of any update that is known"
 # Namings that flatten diffusers paths -> the prefix of the main model.
 FLATTENED = {"onetrainer": "lora_transformer_", "simpletuner": "lycoris_"}
 
@@ -123,7 +131,7 @@ def parse(key: str) -> Key | None:
         key = f"{found[1]}{XLABS[found[2]]}.lora_{found[3]}.weight"
     key = ADAPTER_NAME.sub(r"\1", unwrapped(key))
     suffix = next((suffix for suffix in ROLES if key.endswith(suffix)), None)
-    if suffix is None:
+    if suffix is None or re.search(PARAMETER, key):
         return None
     module = key.removesuffix(suffix).replace(".processor", "")
     prefix = next(prefix for prefix in PREFIXES if module.startswith(prefix))
@@ -141,7 +149,7 @@ def parse(key: str) -> Key | None:
 
 def why_unknown(key: str) -> str:
     """Return why a key that `parse` does not know is not used."""
-    return next((why for pattern, why in REASONS if re.search(pattern, key)), "not a part of any update that is known")
+    return next((why for pattern, why in REASONS if re.search(pattern, key)), UNKNOWN_KEY)
 
 
 def unread_module(key: str) -> str:

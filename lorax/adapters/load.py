@@ -18,7 +18,7 @@ from ..linalg import all_finite
 from ..tensorfile import TensorFile, parse_json
 from .config import Configs, PeftConfig, read_configs
 from .diff import VectorLayer
-from .keys import EMBEDDING, VECTOR_ROLES, parse, unread_module, why_unknown
+from .keys import EMBEDDING, UNKNOWN_KEY, VECTOR_ROLES, parse, unread_module, why_unknown
 from .kinds import kind_of
 from .layer import AdapterLayer
 from .lokr import LokrLayer
@@ -66,7 +66,8 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
     for update, error in placed.refused:
         reading.refuse(update.keys, error)
     if not placed.layers:
-        got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}"
+        why = next((f" ({why})" for why in unused.values() if why != UNKNOWN_KEY), "")
+        got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}{why}"
         raise reading.first or FormatError("no LoRA and no other adapter in the file", got, "give an adapter file")
     unread: dict[str, str] = {}
     for key, why in unused.items():
