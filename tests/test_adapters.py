@@ -26,6 +26,7 @@ from lorax import (
     save_adapter,
 )
 from lorax.adapters.keys import ROLES, indexed_layers, parse
+from lorax.base import loaded_base
 from lorax.families import families
 from tests.conftest import lora_tensors
 
@@ -455,6 +456,45 @@ def test_what_cannot_be_cut_stays_whole(tmp_path):
         module = f"{FLUX}_qkv" if naming == "kohya" else "diffusion_model.double_blocks.3.img_attn.qkv"
         assert {key.rpartition(".")[0] for key in load_file(tmp_path / "b.safetensors")} == {module}
         assert load_adapter(tmp_path / "b.safetensors").layers.keys() == adapter.layers.keys()
+
+
+FUSED = {
+    "lora": {"lora_up.weight": random(24, 2), "lora_down.weight": random(2, 8), "alpha": torch.tensor(1.0)},
+    "dora": {"lora_up.weight": random(24, 2), "lora_down.weight": random(2, 8), "dora_scale": random(24, 1)},
+    "dora, by inputs": {"lora_up.weight": random(24, 2), "lora_down.weight": random(2, 8), "dora_scale": random(1, 8)},
+    "loha": {f"hada_w{i}_{x}": random(*s) for i in "12" for x, s in (("a", (24, 2)), ("b", (2, 8)))},
+    "lokr": {"lokr_w1": random(4, 2), "lokr_w2": random(6, 4)},
+    "oft": {"oft_blocks": random(3, 8, 8), "alpha": torch.tensor(0.0)},
+    "oft of another size": {"oft_blocks": random(2, 8, 8)},
+    "diff": {"diff": random(24, 8)},
+    "another size": {"lora_up.weight": random(20, 2), "lora_down.weight": random(2, 8)},
+}
+
+
+@pytest.mark.parametrize("module", [f"{FLUX}_qkv", "lora_unet_transformer_blocks_3_attn_to_q", "dit.unheard.of"])
+@pytest.mark.parametrize("kind", FUSED)
+def test_read_without_its_base_an_adapter_becomes_there_what_it_is_with_it(tmp_path, kind, module):
+    """Cut or whole, of another size, of no layer, with what cannot be read: when the base comes does not count."""
+    shapes = {f"double_blocks.{i}.img_attn.qkv": (24, 8) for i in range(4)} | {"double_blocks.0.img_mod.lin": (48, 8)}
+    shapes |= {"single_blocks.0.linear1": (56, 8), "txt_in": (8, 16)}
+    parameters = {f"{path}.weight": shape for path, shape in shapes.items()}
+    parameters["double_blocks.3.img_attn.qkv.bias"] = (24,)
+    base = loaded_base("flux", parameters, {}, lambda layer: torch.zeros(layer.shape))
+    tensors = {f"{module}.{part}": tensor for part, tensor in FUSED[kind].items()} | {f"{FLUX}_qkv.diff_b": random(24)}
+    tensors |= {
+        f"{FLUX}_proj.lora_up.weight": random(8, 2),
+        "lora_unet_double_blocks_2_img_attn_qkv.diff": random(24, 8),
+    }
+    path = saved(tmp_path / "a.safetensors", tensors)
+    ours, node = load_adapter(path, base), load_adapter(path).resolved(base)
+    assert (node.family, node.unused, node.unread) == (ours.family, ours.unused, ours.unread)
+    assert list(node.layers) == list(ours.layers)
+    for name, own in ours.layers.items():
+        assert node.layers[name].layer == own.layer
+        parts = node.layers[name].parts()
+        assert parts.keys() == own.parts().keys()
+        assert all(torch.equal(parts[part], tensor) for part, tensor in own.parts().items())
+    assert list(node.resolved(base).layers) == list(ours.layers)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def adapter_file(name, naming, chosen, path):
     modules = {
         module: (shape, [(f"{component}.{p}", rows) for p, rows in parts]) for module, (shape, parts) in modules.items()
     }
-    if chosen == "others" and naming not in ("PEFT", "PEFT with a name", "diffusers bare", "original bare"):
+    if chosen == "others" and naming not in ("PEFT", "PEFT with a name", "diffusers bare", "original bare", "XLabs"):
         modules |= dict(text_modules(found.family, naming, is_flat))
     tensors, expected = {}, {}
     g = torch.Generator().manual_seed(zlib.crc32(f"{name} {naming} {chosen}".encode()))
