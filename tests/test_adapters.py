@@ -547,6 +547,21 @@ def test_the_t5_of_a_family(tmp_path, prefix, component):
     assert f"{component}.encoder.block.2.layer.0.SelfAttention.q" in adapter.layers
 
 
+def test_the_first_text_encoder_of_kohya_is_the_second_of_hunyuan_video(tmp_path):
+    """The first, a LLaVA, has no table; ComfyUI reads lora_te1 as CLIP-L, too."""
+    tensors = {}
+    for module, width in (
+        ("lora_unet_txt_in_individual_token_refiner_blocks_0_self_attn_qkv", 8),
+        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 768),
+    ):
+        tensors |= {f"{module}.lora_up.weight": random(3 * 8 if width == 8 else width, 1)}
+        tensors |= {f"{module}.lora_down.weight": random(1, width), f"{module}.alpha": torch.tensor(1.0)}
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
+    assert "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj" in adapter.layers
+    save_adapter(adapter, tmp_path / "b.safetensors", naming="kohya")
+    assert load_file(tmp_path / "b.safetensors").keys() == tensors.keys()
+
+
 BAD = {
     "NaN": ({"lora_up.weight": UP * float("nan"), "lora_down.weight": DOWN}, "NaN"),
     "kinds": ({"lora_up.weight": UP, "lora_down.weight": DOWN, "lokr_w1": DOWN}, "several kinds"),

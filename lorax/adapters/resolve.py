@@ -181,39 +181,41 @@ def names_of(component: str, path: str, naming: str, base: Base | None, told: tu
         base: The base, if at hand.
         told: The families that the adapter may be of.
     """
-    vector = base.vectors.find(_component(component, base.family), path) if base is not None else []
+    vector = base.vectors.find(_component(component, naming, base.family), path) if base is not None else []
     found = vector or _found(component, path, naming, base, told, ())
     return [layer.name for layer in found] or [_own_name(component, path, told)]
 
 
 def _own_name(component: str, path: str, told: tuple[Family, ...]) -> str:
     """Return the name of a module that nothing is known of."""
-    return f"{_component(component, told[0] if len({f.component for f in told}) == 1 else None)}.{path}"
+    return f"{_component(component, '', told[0] if len({f.component for f in told}) == 1 else None)}.{path}"
 
 
 def _found(
     component: str, path: str, naming: str, base: Base | None, told: tuple[Family, ...], shape: Shape
 ) -> list[Layer]:
     """Return the layers that a module means: in its base, else as all families agree that it may be of."""
-    found = base.layers.find(_component(component, base.family), path) if base is not None else []
+    found = base.layers.find(_component(component, naming, base.family), path) if base is not None else []
     return found or _agreed([_meant(component, path, naming, shape, family) for family in told])
 
 
 def _meant(component: str, path: str, naming: str, shape: Shape, family: Family) -> list[Layer]:
     """Return the layers of a family that a module means, in row order."""
-    component = _component(component, family)
+    component = _component(component, naming, family)
     if naming != "indexed" or not path.isdecimal():
         return family.find(component, path, shape)
     order = indexed_layers(family, component)
     return order[int(path) : int(path) + 1]
 
 
-def _component(component: str, family: Family | None) -> str:
-    """Return the component of a family that a key calls `component`, which may be a kind of text encoder."""
+def _component(component: str, naming: str, family: Family | None) -> str:
+    """Return the component of a family that a key in this naming calls `component`."""
+    encoders = family.text_encoders if family is not None else ()
     if component in ENCODER_KINDS:
-        encoders = family.text_encoders if family is not None else ()
         default = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
         return next((e.component for e in encoders if e.kind == component), default.get(component, "text_encoder"))
+    if naming == "kohya" and component == "text_encoder":  # its first one is the second of HunyuanVideo
+        return next((e.component for e in encoders if e.kohya in ("lora_te", "lora_te1")), component)
     return family.component if component in MAIN and family is not None else component
 
 
@@ -283,9 +285,11 @@ def whole_of(parts: list[Layer], shape: Shape) -> Layer:
 def _vector(update: Update, base: Base | None, told: tuple[Family, ...]) -> list[AdapterLayer]:
     """Return the difference of a parameter of one dimension on it."""
     for path in (f"{update.path}.{update.parameter}", update.path):
-        if base is not None and (found := base.vectors.find(_component(update.component, base.family), path)):
+        if base is not None and (
+            found := base.vectors.find(_component(update.component, update.naming, base.family), path)
+        ):
             return [replace(_in_our_order(update, found[0]), layer=replace(found[0], shape=update.shape))]
-    owners = _agreed([family.find(_component(update.component, family), update.path) for family in told])
+    owners = _agreed([family.find(_component(update.component, update.naming, family), update.path) for family in told])
     if not owners:
         name = f"{_own_name(update.component, update.path, told)}.{update.parameter}"
         return [replace(update.own, layer=replace(update.own.layer, name=name))]
