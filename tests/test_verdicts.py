@@ -55,7 +55,7 @@ def test_an_update_that_cannot_be_read_is_a_layer_that_does_not_arrive(broken, b
     layers = whole + (broken is of_a_bias)
     assert (report.arrived, report.layers) == (layers - 1, layers)
     (row,) = report.missing
-    assert row.outcome is Outcome.UNREAD
+    assert (row.outcome, row.target_norm) == (Outcome.UNREAD, 0)
     assert row.note in adapter.unused.values()
     assert row.source == (f"{LAYER}.bias" if broken is of_a_bias else LAYER)
     assert report.summary.startswith(f"{layers - 1} of {layers} layers arrived")
