@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, swap_scale_shift
 from safetensors.torch import load_file, save_file
 
 from demo.synthetic import base_tensors
@@ -44,6 +44,8 @@ UNETS = {
     "sdxl": UNET | {"cross_attention_dim": 2048, "use_linear_projection": True},
 }
 NAMES = [*UNETS, *MODELS]
+# Those that diffusers converts by `swap_scale_shift`.
+SWAPPED = {"sd3", "flux", "flux2", "hunyuan_video", "hunyuan_video_15"}
 
 
 def model_of(name):
@@ -64,14 +66,16 @@ def matrices(tensors):
 
 
 def check(base, model, name):
-    """The base has the layers of the model of diffusers, by its names, with its weights."""
+    """The base has the layers of the model of diffusers, by its names, with its weights (shift first, then scale)."""
     component = "unet" if name in UNETS else "transformer"
     assert base.family.name == name.split()[0]
     expected = weights(model)
     found = {layer.name: layer for layer in base.layers.values() if layer.is_main}
     assert found.keys() == {f"{component}.{path}" for path in expected}
     for path, weight in expected.items():
-        assert torch.equal(base.read(found[f"{component}.{path}"]), weight), path
+        layer = found[f"{component}.{path}"]
+        assert torch.equal(base.read(layer), swap_scale_shift(weight, 0) if layer.swapped else weight), path
+    assert any(layer.swapped for layer in found.values()) == (name in SWAPPED)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -115,7 +119,8 @@ def original(family, model):
     state = weights(model)
     layers = family.layers({path: tuple(weight.shape) for path, weight in state.items()})
     for layer in sorted(layers, key=lambda layer: layer.rows or (0, 0)):
-        tensors.setdefault(layer.original, []).append(state[layer.path])
+        weight = state[layer.path]
+        tensors.setdefault(layer.original, []).append(swap_scale_shift(weight, 0) if layer.swapped else weight)
     return {f"{path}.weight": torch.cat(parts) for path, parts in tensors.items()}
 
 
