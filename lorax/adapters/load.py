@@ -20,7 +20,7 @@ from .config import Configs, PeftConfig, read_configs
 from .diff import VectorLayer
 from .keys import EMBEDDING, UNKNOWN_KEY, VECTOR_ROLES, parse, unread_module, why_unknown
 from .kinds import kind_of
-from .layer import AdapterLayer
+from .layer import AdapterLayer, times
 from .lokr import LokrLayer
 from .lora_x import LoraXLayer
 from .model import Adapter
@@ -162,7 +162,7 @@ class _Reading:
         if role == "lora_bias":  # PEFT scales it as it scales the update
             rank = math.prod(self.file.entries[keys["lora_down"]].shape[:1]) if "lora_down" in keys else 0
             alpha = self._alpha(keys, path, rank, config) if rank else None
-            diff = diff if alpha is None or alpha == rank else (diff.float() * alpha / rank).to(diff.dtype)
+            diff = diff if alpha is None or alpha == rank else times(diff, alpha / rank)
         layer = Layer(f"{component}.{path}.{parameter}", (diff.numel(),))
         own = replace(VectorLayer.read(layer, {"diff": diff}), role="diff_b" if role == "lora_bias" else role)
         return Update(component, path, own, layer.shape, naming, (key,), parameter)
@@ -176,7 +176,7 @@ class _Reading:
             self.unused[keys["alpha"]] = "alpha is 0: the update has no effect, in ComfyUI too"
         if isinstance(own, LokrLayer) and own.lokr_w1 is not None and own.lokr_w2 is not None and "alpha" not in keys:
             factor = config.scale_of(path)
-            return own if factor == 1 else replace(own, lokr_w1=(own.lokr_w1.float() * factor).to(own.lokr_w1.dtype))
+            return own if factor == 1 else replace(own, lokr_w1=times(own.lokr_w1, factor))
         return replace(own, alpha=alpha)  # pyright: ignore[reportCallIssue]
 
     def _alpha(self, keys: Keys, path: str, rank: int, config: PeftConfig) -> float | None:

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import LIBRARY, ROOT
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT))
 
+from lorax import Adapter, LoraLayer, save_adapter
 from lorax.families import families, recognise
 from lorax.layers import LayerTable, is_swapped
 
@@ -103,6 +106,24 @@ def test_every_lora_key_of_the_host_means_the_same_rows(model):
         agreed += 1
     assert unknown <= {path for path in unknown if re.fullmatch(FOREIGN.get(family.name, "-"), path)}
     assert agreed > len(layers)
+
+
+@pytest.mark.parametrize("naming", ["kohya", "original"])
+@pytest.mark.parametrize("chosen", ["all", "queries and keys", "queries"])
+def test_every_key_that_is_written_is_one_of_the_host_s(model, naming, chosen, tmp_path):
+    """Of each fused weight all parts, or some: the rest of it is zero."""
+    _, found = model
+    shapes = shapes_of(found)
+    family = recognise(shapes)
+    ends = {"all": ("",), "queries and keys": ("to_q", "to_k"), "queries": ("to_q", "add_q_proj")}[chosen]
+    layers = {}
+    for layer in family.layers(shapes):
+        if layer.rows is None or layer.path.endswith(ends):
+            up, down = torch.ones(layer.shape[0], 1), torch.ones(1, *layer.shape[1:])
+            layers[layer.name] = LoraLayer(layer, up, down)
+    save_adapter(Adapter("a", family, "kohya", layers), tmp_path / "a.safetensors", naming=naming)
+    written = {re.sub(r"\.(lora_\w+\.weight|alpha)$", "", key) for key in load_file(tmp_path / "a.safetensors")}
+    assert not written - found["keys"].keys()
 
 
 @pytest.mark.parametrize(
