@@ -55,6 +55,8 @@ def _check(dtype: torch.dtype) -> None:
 
 
 def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func._can_decompose():  # in inference mode torch leaves that to the device
+        return func.decompose(*args, **kwargs)
     name = func._schema.name.removeprefix("aten::")
     if failures and name not in COPIES:
         raise failures.pop()
@@ -75,10 +77,13 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "mm":  # the same sums in another order
         args = args[0].flip(1), args[1].flip(0)
     result = func(*args, **kwargs)
-    return tree_map(
-        lambda leaf: (ours[id(leaf)] if id(leaf) in ours else Single(leaf)) if isinstance(leaf, Tensor) else leaf,
-        result,
-    )
+    # What is seen of an ordinary tensor is one, also in inference mode.
+    with torch.inference_mode(torch.is_inference_mode_enabled() and all(map(Tensor.is_inference, ours.values()))):
+        return tree_map(lambda leaf: _wrapped(leaf, ours) if isinstance(leaf, Tensor) else leaf, result)
+
+
+def _wrapped(held: Tensor, ours: dict[int, Single]) -> Single:
+    return ours[id(held)] if id(held) in ours else Single(held)
 
 
 def _factories() -> list[Any]:

@@ -295,6 +295,60 @@ def test_a_transfer_on_a_gpu_is_that_on_the_cpu(pack, model, lora, is_full):
         torch.testing.assert_close(own.delta_weight(), expected.layers[name].delta_weight(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """DirectML, as the host calls what torch does not know, on a device without float64."""
+    single = pytest.importorskip("single")
+    if not single.is_possible:
+        pytest.skip("this torch knows no devices made in Python")
+    single.register()
+    monkeypatch.setattr(comfy.model_management, "directml_enabled", True)
+    monkeypatch.setattr(comfy.model_management, "directml_device", torch.device(single.NAME), raising=False)
+    yield single
+    single.failures.clear()
+
+
+@pytest.mark.parametrize("method", ["auto", "project"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_work_of_the_nodes_on_a_device_without_float64(pack, model, lora, alone, fails, method, caplog):
+    base, used = pack.host.open_model(model), []
+    adapter = pack.lorax.load_adapter(lora, base)
+    adapter = replace(adapter, layers=dict(list(adapter.layers.items())[::9]))
+
+    def work(engine, progress):
+        used.append(engine.device)
+        moved, _ = pack.lorax.transfer_adapter(
+            adapter, base, base, method=method, rank=64, engine=engine, progress=progress
+        )
+        if fails and engine.device != "cpu":
+            alone.failures.append(RuntimeError("the driver is gone\nfor good"))
+            torch.zeros(1, device=engine.device) + 1
+        return moved
+
+    expected = work(pack.lorax.Engine(), lambda *_: None)
+    found = pack.host.compute(work, 2, cache=False)
+    assert used == ["cpu", alone.NAME, "cpu"][: 3 if fails else 2]
+    assert [line for line in caplog.messages if "single" in line] == [
+        "single failed, the CPU does the work instead: RuntimeError: the driver is gone"
+    ] * fails
+    for name, own in found.layers.items():
+        torch.testing.assert_close(own.delta_weight(), expected.layers[name].delta_weight(), rtol=1e-4, atol=1e-5)
+
+
+def test_cancel_on_a_device_is_not_taken_for_its_failure(pack, alone):
+    management = pack.host.management
+    used: list[str] = []
+
+    def work(engine, progress):
+        used.append(engine.device)
+        management.interrupt_current_processing()
+        progress(1, 2, "a layer")
+
+    with pytest.raises(management.InterruptProcessingException):
+        pack.host.compute(work, 2)
+    assert used == [alone.NAME]
+
+
 def test_the_nodes_use_the_cache_of_the_user_unless_told_not_to(pack, monkeypatch, tmp_path):
     monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
     assert pack.host.compute(lambda engine, progress: engine.cache.folder, 1) == tmp_path
