@@ -237,6 +237,20 @@ def test_a_header_is_sound_where_the_library_says_so(made, tmp_path_factory):
         assert ours.metadata == words
 
 
+@pytest.mark.parametrize("places", [[[0, 4], [0, 4]], [[0, 4], [2, 6]], [[4, 8], [4, 8]], [[0, 4], [8, 12]]])
+def test_tensors_that_share_data_or_leave_some_out(tmp_path, places):
+    header = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": place} for name, place in zip("ab", places, strict=True)
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(SafetensorError):
+        safe_open(path, "pt")
+    with pytest.raises(FileError, match="damaged"):
+        TensorFile(path)
+
+
 @pytest.mark.parametrize("text", [b'"\\ud800"', b'"\xff"', b'"x"'])
 def test_names_that_are_half_a_character(tmp_path, text):
     header = b'{%s:{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' % text
