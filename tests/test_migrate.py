@@ -268,6 +268,18 @@ def test_each_that_cannot_be_read_has_a_row(small):
     assert errors == {"x/adapter_model.safetensors": ""}
 
 
+def test_a_folder_whose_path_is_too_long_for_windows_has_a_row(small, monkeypatch):
+    """The system's own error there, of more than 260 characters."""
+
+    def refused(path, **_):
+        raise FileNotFoundError(2, "The system cannot find the path specified", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    (record,) = done(small)
+    assert record.status == "failed"
+    assert record.error.startswith("cannot make a folder: ")
+
+
 @pytest.mark.parametrize("method", ["copy", "project"])
 @pytest.mark.parametrize("name", ["0.safetensors", "1.safetensors"])
 @pytest.mark.parametrize("linked", [False, True])

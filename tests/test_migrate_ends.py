@@ -220,11 +220,20 @@ def test_what_ends_the_command_ends_its_workers_and_leaves_a_journal_to_go_on_wi
 
 
 def test_ctrl_c_while_the_workers_start(many):
-    """A terminal sends it to all processes of the command, those too that have not come to say that they ignore it."""
-    process = subprocess.Popen([*map(str, many)], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not any("spawn_main" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()):
+    """A terminal sends it to them too, before they have come to say that they ignore it: only the command ends them."""
+    process = subprocess.Popen([*map(str, many)], stderr=subprocess.PIPE, text=True)
+
+    def importing():
+        for child in psutil.Process(process.pid).children():
+            if "spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > 0.1:
+                yield child
+
+    while not (workers := [*importing()]):
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)
+    workers[0].send_signal(signal.SIGINT)
+    with pytest.raises(psutil.TimeoutExpired):
+        workers[0].wait(1)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (err, process.returncode) == ("error: interrupted\n", 130)
 
