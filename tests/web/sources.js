@@ -79,3 +79,9 @@ export function report(outcomes = ["transferred", "below threshold", "not in tar
     unused: {},
   };
 }
+
+/** The time that this process has computed, in milliseconds: the machine may be busy with something else. */
+export function computed() {
+  const { user, system } = process.cpuUsage();
+  return (user + system) / 1000;
+}
