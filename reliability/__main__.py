@@ -77,7 +77,7 @@ def documents_of(
     lora = folder / "lora.safetensors"
     lora.write_bytes(seeds.adapters()["lora"])
     (folder / "beside").mkdir()
-    peft = folder / "beside" / "a.safetensors"
+    peft = folder / "beside" / "adapter_model.safetensors"  # of which PEFT keeps the configuration beside it
     _, tensors = parse(adapter)  # without what its metadata says of scales
     peft.write_bytes(build({}, tensors))
     whole = pair[0].files[0].read_bytes()

@@ -80,7 +80,7 @@ class Targets:
         self.pair = [open_base(seeds.base_file(folder / f"{i}.safetensors")) for i in range(2)]
         self.documents_at.mkdir()
         up, down = (f"{seeds.PEFT}.lora_{side}.weight" for side in "BA")
-        self.peft = self.documents_at / "peft.safetensors"
+        self.peft = self.documents_at / "adapter_model.safetensors"
         self.peft.write_bytes(build({}, [(up, "F32", [32, 1], bytes(128)), (down, "F32", [1, 32], bytes(128))]))
 
     def header(self, content: bytes) -> None:

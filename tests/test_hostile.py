@@ -214,7 +214,7 @@ CONFIGS = ['{"r": 2, "lora_alpha": NaN}', '{"lora_alpha": 1e999}', '{"lora_alpha
 
 @pytest.mark.parametrize("text", CONFIGS)
 def test_configurations_that_are_none(tmp_path, text):
-    path = tmp_path / "a.safetensors"
+    path = tmp_path / "adapter_model.safetensors"
     save_file(
         {f"{seeds.PEFT}.lora_A.weight": torch.ones(2, 32), f"{seeds.PEFT}.lora_B.weight": torch.ones(32, 2)}, path
     )
@@ -224,7 +224,7 @@ def test_configurations_that_are_none(tmp_path, text):
         load_adapter(path)
     (tmp_path / "adapter_config.json").unlink()
     save_file(load_file(path), path, {"lora_adapter_metadata": text})
-    with pytest.raises(FormatError, match=r"the metadata of .*a\.safetensors"):
+    with pytest.raises(FormatError, match=r"the metadata of .*adapter_model\.safetensors"):
         load_adapter(path)
 
 
@@ -233,11 +233,11 @@ def test_many_patterns_take_no_time(tmp_path):
     tensors = {}
     for i in range(1000):
         tensors |= {f"base_model.model.blocks.{i}.to_q.lora_{s}.weight": torch.ones(1, 1) for s in "AB"}
-    save_file(tensors, tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     text = json.dumps({"r": 1, "lora_alpha": 2, "alpha_pattern": patterns, "rank_pattern": patterns})
     (tmp_path / "adapter_config.json").write_text(text)
     start = time.process_time()
-    assert {own.alpha for own in load_adapter(tmp_path / "a.safetensors").layers.values()} == {4.0}
+    assert {own.alpha for own in load_adapter(tmp_path / "adapter_model.safetensors").layers.values()} == {4.0}
     assert time.process_time() - start < 3
 
 
