@@ -445,7 +445,7 @@ def opened_by(work):
 
 
 def test_no_path_from_a_file_is_opened(tmp_path, pair):
-    path, secret = tmp_path / "a.safetensors", tmp_path / "secret.json"
+    path, secret = tmp_path / "adapter_model.safetensors", tmp_path / "secret.json"
     secret.write_text("{}")
     names = {
         key: str(secret)
