@@ -552,6 +552,7 @@ def test_the_first_text_encoder_of_kohya_is_the_second_of_hunyuan_video(tmp_path
     tensors = {}
     for module, width in (
         ("lora_unet_txt_in_individual_token_refiner_blocks_0_self_attn_qkv", 8),
+        ("lora_unet_txt_in_individual_token_refiner_blocks_1_self_attn_qkv", 8),
         ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 768),
     ):
         tensors |= {f"{module}.lora_up.weight": random(3 * 8 if width == 8 else width, 1)}

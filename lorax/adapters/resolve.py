@@ -146,7 +146,10 @@ def _is_of(updates: Sequence[Update], base: Base, told: tuple[Family, ...]) -> b
 
 def _fitted(updates: Iterable[Update], family: Family) -> list[tuple[Update, list[Layer]]]:
     """Return the updates that can be of layers of a family, with these."""
-    found = ((update, _meant(*update.module, update.shape, family)) for update in updates)
+    # Without its naming: that the first text encoder of kohya is a family's second is told by the rest of a file.
+    found = (
+        (u, _meant(u.component, u.path, "" if u.naming == "kohya" else u.naming, u.shape, family)) for u in updates
+    )
     return [
         (update, layers)
         for update, layers in found
