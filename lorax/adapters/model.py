@@ -18,7 +18,7 @@ from .lora_x import LoraXLayer as LoraXLayer
 from .resolve import Update, names_of, place, text_widths
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter: its layers by name, and what its file held beyond them.
 
