@@ -37,6 +37,7 @@ def browser():
 def front_end(host, browser, vue=False, theme="dark", locale="en", **options):
     """Open the front end with some settings; only what goes wrong after it has started counts."""
     known = {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": theme, "Comfy.Locale": locale}
+    known["Comfy.TutorialCompleted"] = True  # else newer ones open a dialog, which keeps the keys
     for name, value in known.items():
         host.post(f"/settings/{name}", value)
     page = watched(browser, viewport={"width": 1700, "height": 1300}, **options)
