@@ -67,6 +67,7 @@ def test_similarity_as_a_page(run, show, pruned, tmp_path):
     blocks = [{layer.block or layer.component for layer in open_base(file).layers.values()} for file in files]
     size = opened.eval_on_selector("canvas", "canvas => [canvas.height, canvas.width]")
     assert size == [len(names) for names in blocks]
+    assert opened.locator(".lorax-title").inner_text().endswith("full rank")
     picture(opened, "page-similarity-light")
 
 

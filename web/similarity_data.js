@@ -32,7 +32,7 @@ export function readSimilarity(data) {
   if (!pairs.length) throw new Problem("no_layers");
   for (const { kind, sides } of kinds) for (const layer of sides.flat()) layer.group = groupOf(kind);
   const [source, target] = [data.source, data.target].map((name) => word(name, "names"));
-  return { source, target, rank: number(data.rank, "rank"), sources, targets, kinds, pairs };
+  return { source, target, rank: data.rank === null ? null : number(data.rank, "rank"), sources, targets, kinds, pairs };
 }
 
 function readTable(table, shapes, side) {
