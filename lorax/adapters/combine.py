@@ -25,7 +25,7 @@ def whole(parts: Sequence[AdapterLayer], rows: Sequence[Rows], layer: Layer) -> 
     """
     inner = replace(layer, shape=(sum(part.layer.shape[0] for part in parts), *layer.shape[1:]))
     loras = [part for part in parts if isinstance(part, LoraLayer)]
-    if not all(part.is_divisible for part in parts):
+    if any(part.row_axes() is None for part in parts):
         return None
     alike = len(loras) == len(parts) and len({part.kind for part in loras}) == 1
     found = fuse(loras, inner) if alike else stacked(parts, inner)

@@ -46,12 +46,7 @@ class GloraLayer(ScaledLayer):
             raise misfit(cls.KIND, shapes, "which are no matrices")
         for a1, a2, b1, b2 in _orders(shapes):
             inner = {a1[1], a2[0], b1[1], b2[0]}
-            if (
-                len(inner) == 1
-                and a1[0] == a2[1]
-                and a1[0] in (b2[1], _size(b2))
-                and b1[2:] in ((), (1,) * len(b1[2:]))
-            ):
+            if len(inner) == 1 and a1[0] == a2[1] in (b2[1], math.prod(b2[1:])) and set(b1[2:]) <= {1}:
                 return b1[0], *b2[1:]
         raise misfit(cls.KIND, shapes, "which are not the four factors of one update")
 
@@ -83,7 +78,3 @@ class GloraLayer(ScaledLayer):
 def _orders(shapes: Shapes) -> list[tuple[Shape, ...]]:
     a1, a2, b1, b2 = (shapes[name] for name in ("a1", "a2", "b1", "b2"))
     return [(a1, a2, b1, b2), (a2, a1, b2, b1)]
-
-
-def _size(shape: Shape) -> int:
-    return math.prod(shape[1:])

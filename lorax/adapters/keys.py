@@ -97,13 +97,8 @@ REASONS = (
     (r"\.bm\.weight$|\.lokr_t1$", "a form of GLoRA or LoKr that no program writes and none reads"),
     (r"\.on_input$|\.ia3_", "(IA)^3, a kind that is not read"),
     (r"\.vera_lambda|\.lora_E(\.|$)|\.hada_w.*\.scalar$", "a part of a kind that is not read"),
-    (
-        r"^bundle_emb\.",
-        EMBEDDING,
-    ),
+    (r"^bundle_emb\.", EMBEDDING),
 )
-
-
 UNKNOWN_KEY = "not a part of any update that is known"
 # Namings that flatten diffusers paths -> the prefix of the main model.
 FLATTENED = {"onetrainer": "lora_transformer_", "simpletuner": "lycoris_"}

@@ -150,11 +150,6 @@ class AdapterLayer(ABC):
         """Whether the update depends on the base weight."""
         return self.NEEDS_WEIGHT or "dora_scale" in self.parts()
 
-    @property
-    def is_divisible(self) -> bool:
-        """Whether `cut` can cut it."""
-        return self.row_axes() is not None
-
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors that are there, by field."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -57,7 +57,8 @@ class LokrLayer(ScaledLayer):
         decomposed = self.lokr_w2_b if self.lokr_w2_b is not None else self.lokr_w1_b
         if decomposed is not None:
             return decomposed.shape[0]
-        return min(_factors(self.parts())[0].shape) * min(_factors(self.parts())[1].flatten(1).shape)
+        w1, w2 = _factors(self.parts())
+        return min(w1.shape) * min(w2.flatten(1).shape)
 
     @property
     def scale(self) -> float:

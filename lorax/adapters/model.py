@@ -13,8 +13,7 @@ from ..families import Family
 from ..linalg import refactor
 from .diff import VectorLayer
 from .layer import AdapterLayer, check_finite
-from .lora import LoraLayer as LoraLayer
-from .lora_x import LoraXLayer as LoraXLayer
+from .lora_x import LoraXLayer
 from .resolve import Update, names_of, place, text_widths
 
 
