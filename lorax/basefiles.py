@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .errors import FileError, FormatError
 from .layers import MAIN, Rows, unwrapped
+from .longpath import on_disk
 from .tensorfile import ADVICE, DTYPES, Entry, TensorFile, natural_order, read_json
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ VARIANTS = ("", ".fp32", ".bf16", ".fp16")
 PRECISION = re.compile(r"\.(fp32|bf16|fp16)$")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 NAMED = 5
+# Characters of the names below a folder of diffusers: that of a component and that of a shard have up to 72.
+BELOW = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ def open_components(path: Path) -> dict[str, Tensors]:
         FileError: A file or a shard is missing or damaged, or is of a kind that is never read.
         FormatError: There is no model, or several.
     """
+    path = on_disk(path, room=BELOW)
     if not os.path.isdir(path):
         return {"": _tensors(path.parent, _whole(path))}
     parts: dict[str, Tensors] = {}

@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .errors import FileError, LoraxError, OptionError, OutputError, printable
+from .longpath import on_disk
 from .output import write_bytes
 from .tensorfile import open_file
 
@@ -195,19 +196,19 @@ class Cache:
         return count
 
     def _path(self, kind: str, parts: tuple[object, ...]) -> Path:
-        return self.folder / kind / hashlib.sha256(repr(parts).encode()).hexdigest()
+        return on_disk(self.folder / kind / hashlib.sha256(repr(parts).encode()).hexdigest())
 
     def _files(self) -> Iterator[Path]:
         """Find our files only: whoever names a folder of their own as the cache loses nothing."""
         for kind in KINDS:
             folder = self.folder / kind
             try:
-                names = sorted(os.listdir(folder))
+                names = sorted(os.listdir(on_disk(folder)))
             except FileNotFoundError:
                 continue
             except OSError as error:
                 raise FileError("cannot read the cache", f"{folder}: {error.strerror}", "check LORAX_CACHE") from error
-            yield from (folder / name for name in names if ENTRY.fullmatch(name) or fnmatchcase(name, LEFT))
+            yield from (on_disk(folder / name) for name in names if ENTRY.fullmatch(name) or fnmatchcase(name, LEFT))
 
     def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self._files():

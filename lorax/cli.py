@@ -122,8 +122,8 @@ def similarity(
     from .matching import match_bases
     from .output import write_bytes
     from .page import page
-    from .report import similarity_json
-    from .similarity import compare_bases
+    from .report import check_json, similarity_json
+    from .similarity import compare_bases, shared_kinds
     from .transfer import known_scores
     from .view import similarity_view
 
@@ -133,6 +133,8 @@ def similarity(
         raise OptionError("a rank is a whole number or 'full'", rank, "give for example 320")
     base_s, base_t = open_base(source), open_base(target)
     _check_outputs([json_file, png_file, html_file], base_s, base_t)
+    if json_file:
+        check_json(shared_kinds(base_s, base_t, attention_only=layers == "attention").values())
     engine = _engine(device, cache)
     with bar("comparing") as progress:
         result = or_on_cpu(

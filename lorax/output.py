@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import OutputError
+from .longpath import on_disk
 
 WINDOWS = os.name == "nt"
 # Names that Windows gives to devices, whatever follows a dot, and what none of its names may hold.
@@ -40,20 +41,21 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[Path], others: I
             not writable.
     """
     out = Path(path)
+    place, folder = on_disk(out), on_disk(out.parent)
     _check_name(out)
     if (found := file_id(out)) and found in map(file_id, inputs):
         raise OutputError("the output is one of the inputs", str(out), "choose another name")
-    if found and not os.path.isfile(out):
+    if found and not os.path.isfile(place):
         raise OutputError("the output is a folder or a device", str(out), "give a file name")
-    if not os.path.isdir(out.parent):
+    if not os.path.isdir(folder):
         raise OutputError("the output's folder does not exist", str(out.parent), "create it first")
-    if not os.access(out.parent, os.W_OK):
+    if not os.access(folder, os.W_OK):
         raise OutputError("the output's folder cannot be written", str(out.parent), "choose another folder")
     if _place(out) in map(_place, others):
         raise OutputError("two outputs are one file", str(out), "give each its own name")
     if WINDOWS and found:
         try:
-            os.rename(out, out)  # refused where another program has it open, as to replace it will be
+            os.rename(place, place)  # refused where another program has it open, as to replace it will be
         except OSError as error:
             raise _unwritten(out, error) from error
     return out
@@ -62,7 +64,7 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[Path], others: I
 def file_id(path: Path) -> tuple[object, ...] | None:
     """Return what tells a file that is there from every other, by whatever path or link; None where there is none."""
     try:
-        found = path.stat()
+        found = on_disk(path).stat()
     except (OSError, ValueError):
         return None
     # Some disks number no files.
@@ -102,7 +104,8 @@ def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: 
         OutputError: The disk is full, the folder cannot be written, the file is open in a program that lets no one
             replace it, or it is there and `overwrite` is False; nothing is left behind.
     """
-    temporary = path.with_name(TEMPORARY.replace("*", secrets.token_hex(4)))
+    temporary = on_disk(path.with_name(TEMPORARY.replace("*", secrets.token_hex(4))))
+    place = on_disk(path)
     try:
         with temporary.open("xb") as out:
             out.write(content)
@@ -110,9 +113,9 @@ def write_bytes(path: Path, content: bytes, *, overwrite: bool = True, durable: 
                 out.flush()
                 os.fsync(out.fileno())
         if overwrite:
-            os.replace(temporary, path)
+            os.replace(temporary, place)
         else:
-            _name_new(temporary, path)
+            _name_new(temporary, place)
     except OSError as error:
         raise _unwritten(path, error) from error
     finally:
@@ -127,12 +130,12 @@ def make_folder(path: Path) -> None:
         OutputError: It cannot be made.
     """
     missing: list[Path] = []
-    while not os.path.isdir(path) and path != path.parent:
+    while not os.path.isdir(on_disk(path)) and path != path.parent:
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
         try:
-            folder.mkdir(exist_ok=True)
+            on_disk(folder).mkdir(exist_ok=True)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise OutputError("cannot make a folder", f"{folder}: {reason}", "choose another place") from error

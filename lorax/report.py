@@ -2,10 +2,12 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import OptionError
+from .layers import Layer
 from .matching import Assignment
 from .options import Choice
 from .scores import Array, Score
@@ -258,15 +260,24 @@ class TransferReport:
         }
 
 
+def check_json(kinds: Iterable[tuple[Sequence[Layer], Sequence[Layer]]]) -> None:
+    """Refuse to write more pairs of layers as JSON than fit into the memory.
+
+    Raises:
+        OptionError: All pairs of the layers of each kind are too many.
+    """
+    pairs = sum(len(sources) * len(targets) for sources, targets in kinds)
+    if pairs > MOST_JSON:
+        raise OptionError("too many pairs for JSON", f"{pairs}, at most {MOST_JSON}", "take the page or the picture")
+
+
 def similarity_json(similarity: Similarity) -> dict[str, Any]:
     """Return a similarity as plain data, valid by `report.schema.json`: for each kind the matrices of all pairs.
 
     Raises:
         OptionError: There are too many pairs for that.
     """
-    pairs = sum(kind.left.phi.size for kind in similarity.kinds)
-    if pairs > MOST_JSON:
-        raise OptionError("too many pairs for JSON", f"{pairs}, at most {MOST_JSON}", "take the page or the picture")
+    check_json((kind.sources, kind.targets) for kind in similarity.kinds)
 
     def matrix(values: Array) -> list[list[float | None]]:
         return [[_number(value) for value in line] for line in values.tolist()]

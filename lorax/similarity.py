@@ -211,15 +211,7 @@ def compare_bases(
         MismatchError: The bases have no kind of layer in common, or too many of one kind.
         NumericsError: A weight holds NaN or Inf.
     """
-    kinds = {
-        kind: (s, t)
-        for kind, s in _by_kind(source, attention_only).items()
-        if (t := _by_kind(target, attention_only).get(kind))
-    }
-    if not kinds:
-        got = f"{source.name} ({source.family.label}) and {target.name} ({target.family.label})"
-        raise MismatchError("the two bases share no kind of layer", got, "compare bases of related families")
-    check_pairs(kinds.values())
+    kinds = shared_kinds(source, target, attention_only=attention_only)
     check_rank(rank, (layer for s, t in kinds.values() for layer in s + t))
     tick = counter(progress, sum(len(s) + len(t) for s, t in kinds.values()))
     with engine.remembering(source, target):
@@ -228,6 +220,23 @@ def compare_bases(
             sides = score_layers(source, target, sources, targets, rank=rank, engine=engine, tick=tick)
             result.kinds.append(KindSimilarity(kind, sources, targets, *sides))
     return result
+
+
+def shared_kinds(
+    source: Base, target: Base, *, attention_only: bool = True
+) -> dict[str, tuple[list[Layer], list[Layer]]]:
+    """Return what `compare_bases` compares: for each kind that both bases have the layers of the source and the target.
+
+    Raises:
+        MismatchError: The bases have no kind of layer in common, or too many of one kind.
+    """
+    targets = _by_kind(target, attention_only)
+    kinds = {kind: (s, targets[kind]) for kind, s in _by_kind(source, attention_only).items() if kind in targets}
+    if not kinds:
+        got = f"{source.name} ({source.family.label}) and {target.name} ({target.family.label})"
+        raise MismatchError("the two bases share no kind of layer", got, "compare bases of related families")
+    check_pairs(kinds.values())
+    return kinds
 
 
 def score_layers(

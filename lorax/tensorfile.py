@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import FileError
+from .longpath import on_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,7 +172,7 @@ def open_file(path: Path) -> BufferedReader:
         OSError: It cannot be opened, or is no ordinary file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(on_disk(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except ValueError as error:  # a name with NUL or half of a character
         raise OSError(errno.EINVAL, str(error), str(path)) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -186,7 +187,7 @@ def file_state(file: int | Path) -> State:
     Raises:
         OSError: It is not there.
     """
-    found = os.stat(file)
+    found = os.stat(file if isinstance(file, int) else on_disk(file))
     return found.st_size, found.st_mtime_ns, found.st_ino if os.name == "nt" else found.st_ctime_ns
 
 

@@ -28,6 +28,7 @@ from ..lorax.cache import open_cache
 from ..lorax.engine import Engine, or_on_cpu
 from ..lorax.errors import FormatError, MismatchError, OptionError, OutputError, printable
 from ..lorax.layers import Layer
+from ..lorax.longpath import on_disk
 from ..lorax.progress import Progress
 
 UNET = "diffusion_model."
@@ -524,7 +525,7 @@ def free_path(folder: str, prefix: str) -> tuple[str, str]:
         raise OutputError("a name outside the host's folders", prefix, f"give a name below {folder}")
     output.make_folder(Path(name).parent)
     count = 1
-    while os.path.exists(path := f"{name}_{count:05}_.safetensors"):
+    while os.path.exists(on_disk(path := f"{name}_{count:05}_.safetensors")):
         count += 1
     return path, os.path.relpath(path, inside)
 

@@ -73,6 +73,15 @@ def test_dtype(run, words, tmp_path, dtype):
     assert {str(t.dtype) for t in load_file(tmp_path / "out.safetensors").values()} == {f"torch.{dtype}"}
 
 
+def test_too_many_pairs_for_json_are_refused_before_they_are_compared(run, bases, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorax.report.MOST_JSON", 3)
+    monkeypatch.setattr("lorax.similarity.compare_bases", None)
+    words = "similarity", bases[0].files[0], bases[1].files[0], "--json", tmp_path / "s.json"
+    assert "too many pairs for JSON" in run(*words, status=1)[1]
+    assert "too many pairs for JSON" in run(*words, "--layers", "all", status=1)[1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_similarity(run, bases, tmp_path):
     out, _ = run(
         "similarity", bases[0].files[0], bases[1].files[0], "--json", tmp_path / "s.json", "--png", tmp_path / "s.png"

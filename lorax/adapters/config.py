@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import FormatError
 from ..layers import MAIN
+from ..longpath import on_disk
 from ..tensorfile import TensorFile, parse_json, read_json
 from .pattern import Patterns
 
@@ -75,7 +76,7 @@ def read_configs(file: TensorFile) -> Configs:
     inside = file.metadata.get("lora_adapter_metadata")
     if inside:
         return Configs(_parsed(f"the metadata of {file.path}", inside), PeftConfig())
-    if file.path.name == PEFT_FILE and os.path.isfile(beside):
+    if file.path.name == PEFT_FILE and os.path.isfile(on_disk(beside)):
         return Configs({}, _parsed(str(beside), beside)["unet"])
     if any(key.endswith(".alpha") for key in file.entries):
         return Configs({}, PeftConfig())

@@ -17,6 +17,7 @@ from ..adapters.config import read_files
 from ..base import Base, open_base
 from ..engine import Engine, or_on_cpu
 from ..errors import FileError, LoraxError, OutputError, printable
+from ..longpath import on_disk
 from ..matching import Assignment
 from ..output import make_folder
 from ..report import TransferReport
@@ -94,7 +95,7 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
         raise _changed(task)
     options = task.options
     work = [__version__, source.identity(), target.identity(), asdict(options)]
-    work += [file_hash(beside) for beside in own[1:] if os.path.lexists(beside)]
+    work += [file_hash(beside) for beside in own[1:] if os.path.lexists(on_disk(beside))]
     key = hashlib.sha256(json.dumps(work).encode()).hexdigest()
     start = time.perf_counter()
     given = file_hash(file)
