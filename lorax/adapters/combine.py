@@ -8,7 +8,7 @@ import torch
 
 from ..errors import FormatError
 from ..layers import Layer
-from .diff import DiffLayer, VectorLayer
+from .diff import DiffLayer
 from .layer import AdapterLayer, stacked
 from .lora import LoraLayer, added, fuse
 
@@ -42,11 +42,10 @@ def total(first: AdapterLayer, second: AdapterLayer) -> AdapterLayer:
     """
     if isinstance(first, LoraLayer) and isinstance(second, LoraLayer) and first.is_thin and second.is_thin:
         return added(first, second)
-    shape = first.layer.shape
-    if first.needs_weight or second.needs_weight or not shape or isinstance(first, VectorLayer):
+    if first.needs_weight or second.needs_weight:
         got = f"{first.layer.name}, {first.kind} and {second.kind}"
         raise FormatError("two updates for one layer that do not add up", got, "take one out of the file")
-    return DiffLayer(first.layer, (first.delta_weight() + second.delta_weight()).reshape(shape))
+    return DiffLayer(first.layer, (first.delta_weight() + second.delta_weight()).reshape(first.layer.shape))
 
 
 def with_halves_swapped(own: AdapterLayer) -> AdapterLayer:
