@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from demo.pruned import accuracy, noisy, pruned_pair
 from demo.synthetic import falling
 from lorax import FormatError, MismatchError, OptionError, load_adapter, open_base, transfer_adapter
 from lorax.matching import best_in_order, load_assignment, match_bases, spread
+from lorax.scores import ScoreTable
+from lorax.similarity import compare_bases
+from lorax.transfer import known_scores
 
 from .conftest import small_base
 
@@ -111,6 +115,23 @@ def test_the_published_table_of_anima_is_found_from_the_weights(anima_bases):
         f"transformer.transformer_blocks.{i}": f"transformer.transformer_blocks.{anima_place(i)}" for i in range(28)
     }
     assert dict(back.pairs) == expected
+
+
+def test_known_scores_decide_and_are_not_computed_again(anima_bases):
+    """By scores that no comparison gives: block 0 of the source is like block 12 of the target, and so on."""
+    source, target = anima_bases
+    compared = compare_bases(*anima_bases, attention_only=True)
+    made_up = [
+        replace(kind, **dict.fromkeys(("left", "right"), ScoreTable(0 * kind.left.phi + like, 0 * kind.left.phi)))
+        for kind in compared.kinds
+        for like in [[[number(s.name) + 12 == number(t.name) for t in kind.targets] for s in kind.sources]]
+    ]
+    done = []
+    known = known_scores(replace(compared, kinds=made_up))
+    assignment = match_bases(source, target, known=known, progress=lambda *step: done.append(step))
+    assert not done
+    for block, pair in assignment.pairs.items():
+        assert pair == ("" if number(block) < 12 else block.replace(str(number(block)), str(number(block) - 12)))
 
 
 def anima_lora(tmp_path, base, spelling="lora_unet_blocks_{}_self_attn_q_proj"):

@@ -14,6 +14,7 @@ import lorax
 from demo.synthetic import base_tensors
 from lorax import (
     Adapter,
+    Assignment,
     Engine,
     LoraLayer,
     LoraXLayer,
@@ -91,13 +92,14 @@ def test_report_rows_tell_the_truth(bases, lora):
         assert (row.left, row.right) == (left, right)
 
 
-def test_a_known_similarity_is_used_instead_of_comparing_again(bases, lora):
+@pytest.mark.parametrize("assignment", [None, Assignment("file", {})], ids=["matched", "given"])
+def test_a_known_similarity_is_used_instead_of_comparing_again(bases, lora, assignment):
     """By scores that no comparison gives: what the report has of them was not compared again."""
     compared = compare_bases(*bases, attention_only=True)
     made_up = [
         replace(kind, left=ScoreTable(0 * kind.left.phi + 0.75, 0 * kind.left.chance + 0.5)) for kind in compared.kinds
     ]
-    _, report = transfer_adapter(lora, *bases, similarity=replace(compared, kinds=made_up))
+    _, report = transfer_adapter(lora, *bases, similarity=replace(compared, kinds=made_up), assignment=assignment)
     known = {layer.name for kind in compared.kinds for layer in kind.sources}
     assert known & {row.source for row in report.rows} != {row.source for row in report.rows}
     for row in report.rows:
