@@ -143,7 +143,8 @@ class TransferReport:
     def missing(self) -> list[Row]:
         """A row for each layer of the file that did not arrive, or not with all of its updates."""
         arrived = {row.source for row in self.rows if row.outcome in ARRIVED}
-        lost = [row for row in self.rows if row.source not in arrived or row.outcome is Outcome.UNREAD]
+        in_part = Outcome.UNREAD, Outcome.TWICE
+        lost = [row for row in self.rows if row.source not in arrived or row.outcome in in_part]
         return list({row.source: row for row in lost}.values())
 
     @property

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from demo.pruned import noisy
 from demo.synthetic import falling
-from lorax import Outcome, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import MismatchError, Outcome, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.adapters import (
     Adapter,
     BoftLayer,
@@ -201,6 +201,18 @@ def test_converted_each_kind_is_the_best_lora_of_the_rank(kind, bases):
             expected = expected if kind in THIN else best(expected, 3)
             torch.testing.assert_close(lora.delta_weight().double(), expected, rtol=1e-3, atol=1e-5)
             assert isinstance(lora, LoraLayer)
+
+
+def test_a_part_that_has_an_update_of_its_own_keeps_that_and_the_other_is_said_to_be_lost(bases):
+    lora, fused = kinds(bases[0].layers[NAME])["lora"], kinds(QKV)["oft"]
+    alone, _ = transfer_adapter(adapter_of(lora), *bases, method="project", rank=8)
+    both = adapter_of(lora, fused)
+    result, report = transfer_adapter(both, *bases, method="project", rank=8)
+    assert torch.equal(result.layers[NAME].delta_weight(), alone.layers[NAME].delta_weight())
+    assert [row.outcome for row in report.rows if row.target == NAME] == [Outcome.TRANSFERRED, Outcome.TWICE]
+    assert (report.arrived, report.layers) == (2, 3)
+    with pytest.raises(MismatchError, match=r"strict.*place taken"):
+        transfer_adapter(both, *bases, method="project", rank=8, strict=True)
 
 
 def test_biases_follow_their_block_and_another_size_is_reported(bases, tmp_path):

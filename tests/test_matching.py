@@ -158,6 +158,21 @@ def test_an_anima_lora_arrives_at_its_blocks_and_is_not_mapped_twice(anima_bases
         transfer_adapter(result, source, target)
 
 
+def test_progress_tells_of_the_comparing_first_and_stops_it(anima_bases, tmp_path):
+    adapter, steps = anima_lora(tmp_path, anima_bases[0]), []
+    transfer_adapter(adapter, *anima_bases, method="copy", progress=lambda *step: steps.append(step))
+    compared = steps[:-28]
+    assert [step[:2] for step in steps[-28:]] == [(done, 28) for done in range(1, 29)]
+    assert [step[0] for step in compared] == list(range(1, compared[0][1] + 1))
+    assert {name for *_, name in compared} >= adapter.layers.keys()
+
+    def stop(*step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        match_bases(*anima_bases, progress=stop)
+
+
 def test_an_assignment_can_be_saved_edited_and_fed_back(anima_bases, tmp_path):
     source, target = anima_bases
     adapter = anima_lora(tmp_path, source)
