@@ -9,17 +9,20 @@ help:  ## Show this list
 demo: .venv/.demo  ## Transfer an adapter between two small trained models and draw with it; results in demo/out
 	$(BIN)/python -m demo
 
+# The core's tests of two files at a time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/.dev  ## Run the tests, and those inside ComfyUI (its library always, a real server where one is found)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(BIN)/python -m pytest -c tests/host/pytest.ini tests/host
 	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory test-web; \
 	else echo "SKIPPED: the unit tests of the views (no npm)"; fi
 
 quick: .venv/.dev  ## Run the core's tests that take a moment (a minute)
-	$(BIN)/python -m pytest -m "not slow and not whole"
+	$(PYTEST) -m "not slow and not whole"
 
 test-whole: .venv/.dev  ## Run what the tests take a sample of, whole (some twenty minutes)
-	$(BIN)/python -m pytest -m whole
+	$(PYTEST) -m whole
 
 test-web: tests/web/node_modules  ## Run the unit tests of the views (web/)
 	cd tests/web && npm test --silent

@@ -163,6 +163,7 @@ def test_nothing_is_dropped_in_silence(tmp_path):
         assert word in why
 
 
+@pytest.mark.slow
 def test_published_files(published, tmp_path):
     for path in published:
         adapter = load_adapter(path)

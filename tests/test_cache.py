@@ -237,6 +237,7 @@ def command(bases, adapter, output, cache):
     return words, os.environ | {"LORAX_CACHE": str(cache), "COLUMNS": "200"}
 
 
+@pytest.mark.slow
 def test_several_processes_use_one_cache(bases, lora_file, tmp_path):
     outputs = [tmp_path / f"{i}.safetensors" for i in range(3)]
     started = [
@@ -454,6 +455,7 @@ def test_a_user_without_a_home(monkeypatch, run, caplog, tmp_path):
     assert "has no home" in run("cache", "info", status=1)[1]
 
 
+@pytest.mark.slow
 def test_unlike_machines_share_no_results(monkeypatch):
     """Another instruction set, as torch's own switch has it; another processor of the same; other settings."""
     words = [sys.executable, "-c", "from lorax import Engine; print(Engine().version)"]

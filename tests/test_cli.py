@@ -250,6 +250,7 @@ def lorax(*words, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_nothing_behind(words, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -261,6 +262,7 @@ def test_full_disk_leaves_nothing_behind(words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_interrupt_half_way_leaves_nothing_behind(tmp_path):
     """On a terminal, so that the progress bar tells when half way is."""
     source = small_base(tmp_path / "source.safetensors", model_channels=192)
@@ -284,8 +286,9 @@ def test_interrupt_half_way_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["inspect", "BASE"], ["cache", "info"], ["cache", "clear"]])
-def test_what_needs_no_weights_imports_no_torch(words, bases):
+def test_what_needs_no_weights_imports_no_torch(words, bases, tmp_path, monkeypatch):
     """The help of a command, and the header of a checkpoint of any size, come at once."""
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
     words = [str(bases[0].files[0]) if word == "BASE" else word for word in words]
     code = f"""
 import sys

@@ -161,7 +161,7 @@ def test_bases_of_other_dtypes(bases, loaded, tmp_path, dtype, engine, tolerance
 
 
 def scores(block, side):
-    return [score.phi for line in getattr(block, side) for score in line]
+    return getattr(block, side).phi.flatten().tolist()
 
 
 def test_comparison(bases, wide, engine, tolerance):

@@ -119,6 +119,7 @@ def run(words):
     return main
 
 
+@pytest.mark.slow
 def test_a_whole_transfer_with_all_its_outputs(tmp_path, work):
     out = tmp_path / "out"
     more = [
@@ -227,6 +228,7 @@ def test_the_longest_names(tmp_path, work):
     assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
+@pytest.mark.slow
 def test_the_tool_on_the_command_line(tmp_path, work):
     words = [sys.executable, "-m", "reliability.faults", "0", *command(work, tmp_path)[1:]]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -238,6 +240,7 @@ def test_the_tool_on_the_command_line(tmp_path, work):
     assert finals(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_output(tmp_path, work):
     """Whoever is last wins; the file is always whole."""
     started = [

@@ -148,6 +148,7 @@ def test_a_bomb_is_not_unfolded_to_be_described(tmp_path):
     assert time.process_time() - start < 1
 
 
+@pytest.mark.slow
 def test_the_largest_that_is_unfolded_fits_the_memory(tmp_path):
     side = int(DENSE**0.5)
     save_file(_loha(side), tmp_path / "a.safetensors")
@@ -165,6 +166,7 @@ def _loha(side):
     return {f"lora_unet_x.hada_w{i}_{s}": torch.ones(shapes[s]) for i in "12" for s in "ab"}
 
 
+@pytest.mark.slow
 def test_time_grows_with_the_tensors_and_no_faster(tmp_path):
     """Modules of no family, more than any adapter has: four times as many take four times as long, not sixteen."""
 
@@ -353,6 +355,7 @@ def evil(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_nothing_in_a_name_reaches_the_screen(evil, tmp_path):
     a, s, t = (evil / f"{name}.safetensors" for name in "a01")
     out = tmp_path / "out"
@@ -498,6 +501,7 @@ def test_an_output_that_is_a_link_is_replaced_and_not_followed(tmp_path, target)
     assert [(p.name, p.read_text()) for p in (tmp_path / "elsewhere").iterdir()] == [("file", "not ours")]
 
 
+@pytest.mark.slow
 def test_bytes_that_the_cache_did_not_write(tmp_path, pair):
     """With a right checksum: computed again, whatever they are."""
     from lorax import Cache, Engine
@@ -567,6 +571,7 @@ sys.addaudithook(told)
 """
 
 
+@pytest.mark.slow
 def test_no_network_no_pickle_no_other_program(tmp_path, pair):
     """The whole command line, under a hook of the interpreter that ends it at the first forbidden thing."""
     a, x = tmp_path / "a.safetensors", tmp_path / "x.safetensors"
@@ -601,6 +606,7 @@ def test_no_network_no_pickle_no_other_program(tmp_path, pair):
     assert done.stdout.count("=== ") == len(commands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", ["import socket; socket.socket()", "import pickle; pickle.loads(b'cos\\nsystem\\n.')",
     "import subprocess; subprocess.run(['true'])", "import os; os.system('true')"])  # fmt: skip
 def test_the_hook_sees_what_is_forbidden(deed):

@@ -200,6 +200,7 @@ def test_an_assignment_can_be_saved_edited_and_fed_back(anima_bases, tmp_path):
         load_assignment(path, source, target)
 
 
+@pytest.mark.slow
 def test_every_surviving_block_is_found_where_argmax_errs(tmp_path):
     source, target, truth = pruned_pair(tmp_path, change=8)
     assert (source.label, target.label) == ("Stable Diffusion XL", "SSD-1B")

@@ -282,7 +282,7 @@ def test_a_sample_of_the_matrix(case, bases, tmp_path):
     assert faults(*case, bases(case[0]), tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 def test_every_naming_and_set_of_layers_of_a_model(name, bases, tmp_path):
     found = {}

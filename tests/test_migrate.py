@@ -31,6 +31,7 @@ from tests.test_cli import error_of
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "workers", "cached"), [("local", 1, False), ("local", 2, True), ("ray", 1, True), ("ray", 2, False)]
 )
@@ -51,6 +52,7 @@ def test_the_same_bytes_on_any_engine_with_any_number_of_workers(tasks, expected
     assert (tmp_path / "cache").exists() == cached
 
 
+@pytest.mark.slow
 def test_what_is_in_a_result_and_its_record(tasks, tmp_path):
     summary = migrate(tasks, tmp_path / "out", workers=1)
     record = next(record for record in summary.records if record.name == "styles/a.safetensors")
@@ -64,6 +66,7 @@ def test_what_is_in_a_result_and_its_record(tasks, tmp_path):
     json.dumps(summary.to_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_relative_paths_mean_the_same_on_ray(library, tmp_path, monkeypatch):
     """On a cluster that was started in another folder."""
     import ray
@@ -88,6 +91,7 @@ def test_relative_paths_mean_the_same_on_ray(library, tmp_path, monkeypatch):
     assert contents(Path("here")) == contents(Path("there"))
 
 
+@pytest.mark.slow
 def test_resume_does_only_what_is_missing_or_changed(tasks, library, tmp_path):
     out = tmp_path / "out"
     migrate(tasks, out, workers=1)

@@ -28,6 +28,7 @@ from tests.library import BROKEN, COMMAND, contents, words
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [1, 3])
 def test_killed_and_resumed(library, bases, tmp_path, expected, files):
     """SIGKILL of the whole process group once so many results are there."""

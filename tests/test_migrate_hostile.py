@@ -51,6 +51,7 @@ def hooked(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_no_network_no_pickle_no_other_program(tmp_path, hooked):
     loras = tmp_path / "loras"
     (loras / "peft").mkdir(parents=True)
@@ -85,6 +86,7 @@ def test_no_network_no_pickle_no_other_program(tmp_path, hooked):
     assert processes >= 4  # the command and a worker, twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", ["import pickle; pickle.loads(b'cos\\nsystem\\n.')", "import os; os.system('true')",
     "import socket; socket.socket()", "import subprocess; subprocess.run(['true'])"])  # fmt: skip
 def test_the_hook_sees_what_is_forbidden(hooked, deed):

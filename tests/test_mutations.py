@@ -25,6 +25,7 @@ def test_the_seeds_are_sound(tmp_path, kind):
     tally.check()
 
 
+@pytest.mark.slow
 def test_mutated_files(tmp_path):
     found = mutations(FILES, 1, tmp_path)
     assert len(found) == len(seeds.adapters()) + 5
