@@ -21,7 +21,7 @@ test: .venv/.dev  ## Run the tests, and those inside ComfyUI (its library always
 quick: .venv/.dev  ## Run the core's tests that take a moment (a minute)
 	$(PYTEST) -m "not slow and not whole"
 
-test-whole: .venv/.dev  ## Run what the tests take a sample of, whole (some twenty minutes)
+test-whole: .venv/.dev  ## Run what the tests take a sample of, whole (long)
 	$(PYTEST) -m whole
 
 test-web: tests/web/node_modules  ## Run the unit tests of the views (web/)
