@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file as save_numpy
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lorax import (
     Adapter,
+    Base,
     FormatError,
     LoraLayer,
     LoraxError,
@@ -27,7 +30,8 @@ from lorax import (
 )
 from lorax.adapters.keys import ROLES, indexed_layers, parse
 from lorax.base import loaded_base
-from lorax.families import families
+from lorax.families import UNKNOWN, families
+from lorax.layers import Layer, LayerTable
 from tests.conftest import lora_tensors
 
 QKV = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -49,6 +53,52 @@ SPELLINGS = {
     "peft": (f"base_model.model.{QKV}.to_q", "lora_B.weight", "lora_A.weight"),
     "peft, named": (f"base_model.model.{QKV}.to_q", "lora_B.default.weight", "lora_A.default.weight"),
 }
+
+
+@pytest.mark.parametrize(
+    ("module", "told"), [("down_blocks_1_attentions_0", ["sd1", "sd2"]), ("input_blocks_4_1", ["sdxl"])]
+)
+def test_scripts_of_kohya_write_original_names_for_sdxl_only(tmp_path, module, told):
+    module = f"lora_unet_{module}_transformer_blocks_0_attn1_to_q"  # of 640 channels in all three
+    save_file(
+        {f"{module}.lora_up.weight": torch.ones(640, 1), f"{module}.lora_down.weight": torch.ones(1, 640)},
+        tmp_path / "a.safetensors",
+    )
+    assert [family.name for family in load_adapter(tmp_path / "a.safetensors").families] == told
+
+
+def test_a_module_that_no_family_knows_keeps_its_key(tmp_path):
+    tensors = {}
+    for module in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q", "of.its.own"):
+        tensors[f"transformer.{module}.lora_A.weight"] = torch.ones(1, 8)
+        tensors[f"transformer.{module}.lora_B.weight"] = torch.ones(8, 1)
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_adapter(load_adapter(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
+    assert load_file(tmp_path / "b.safetensors").keys() == tensors.keys()
+
+
+def test_a_layer_has_the_name_of_its_base_whatever_its_size_and_its_shape_where_they_fit(tmp_path, bases):
+    proj, conv = (f"unet.{path}" for path in ("down_blocks.0.attentions.0.proj_in", "conv_in"))
+    m, n = bases[0].layers[proj].matrix_shape  # a 1x1 convolution, here as a linear layer
+    tensors = {f"{proj}.lora_A.weight": torch.ones(1, n), f"{proj}.lora_B.weight": torch.ones(m, 1)}
+    m, n, *kernel = bases[0].layers[conv].shape  # of an inpainting model, five channels more
+    tensors |= {f"{conv}.lora_A.weight": torch.ones(1, n + 5, *kernel), f"{conv}.lora_B.weight": torch.ones(m, 1, 1, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    layers = load_adapter(tmp_path / "a.safetensors", bases[0]).layers
+    assert {name: own.layer.shape for name, own in layers.items()} == {
+        proj: bases[0].layers[proj].shape,
+        conv: (m, n + 5, *kernel),
+    }
+
+
+def test_an_adapter_is_of_the_family_of_the_base_that_has_all_of_its_layers(tmp_path):
+    names = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q")  # FLUX.1 has them too
+    tensors = {f"transformer.{name}.lora_A.weight": torch.ones(1, 8) for name in names}
+    tensors |= {f"transformer.{name}.lora_B.weight": torch.ones(8, 1) for name in names}
+    save_file(tensors, tmp_path / "a.safetensors")
+    layers = LayerTable([Layer(f"transformer.{name}", (8, 8)) for name in names])
+    base = Base("of its own", UNKNOWN, layers, lambda layer: torch.ones(layer.shape))
+    assert load_adapter(tmp_path / "a.safetensors", base).family is UNKNOWN
 
 
 @pytest.mark.parametrize(("module", "up", "down"), SPELLINGS.values(), ids=SPELLINGS)
@@ -178,6 +228,27 @@ def test_published_files(published, tmp_path):
         save_adapter(adapter, tmp_path / "out.safetensors")
         assert load_adapter(tmp_path / "out.safetensors").metadata == {"format": "pt"}
         assert set(adapter.unused) == ({"<s1>", "<s2>"} if "disney" in path.name else set())
+
+
+def test_indices_count_the_attention_of_diffusers_in_the_order_of_its_blocks(tmp_path):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    shapes = {name: tuple(module.weight.shape) for name, module in unet.named_modules() if hasattr(module, "weight")}
+    blocks = [name for name, module in unet.named_modules() if isinstance(module, BasicTransformerBlock)]
+    # cloneofsimo/lora walks diffusers 0.10, where the feed-forward is between the two attentions
+    parts = [f"attn1.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    parts += ["ff.net.0.proj", *(part.replace("attn1", "attn2") for part in parts)]
+    names = [f"{block}.{part}" for block in blocks for part in parts]
+    tensors = {}
+    for i, name in enumerate(names):
+        m, n = shapes[name]
+        tensors |= {f"unet:{i}:up": torch.full((m, 1), 1.0 + i), f"unet:{i}:down": torch.ones(1, n)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert (adapter.family, adapter.naming) == (families()["sd1"], "indexed")
+    assert {name: float(own.lora_up[0]) for name, own in adapter.layers.items()} == {
+        f"unet.{name}": 1.0 + i for i, name in enumerate(names)
+    }
 
 
 def test_indexed_files_over_other_layers_are_refused(tmp_path):

@@ -226,7 +226,7 @@ def _whole_fits(layers: list[Layer], shape: Shape) -> bool:
     """Return whether these layers, stacked by rows, can be a weight of this shape."""
     if not layers or not layers[0].shape:
         return bool(layers)
-    rows = sum(layer.shape[0] if layer.shape else 0 for layer in layers)
+    rows = sum(layer.shape[0] for layer in layers)
     return fits((rows, *layers[0].shape[1:]), shape)
 
 
