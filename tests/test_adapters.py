@@ -364,6 +364,18 @@ def test_any_shapes_give_an_adapter_or_one_of_our_errors(tmp_path, parts, module
             assert own.delta_weight().shape == own.layer.matrix_shape
 
 
+def test_an_alpha_without_an_update_is_said(tmp_path):
+    tensors = {"lora_unet_conv_in.lora_up.weight": torch.ones(8, 2, 1, 1)}
+    tensors |= {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 3, 3),
+        "lora_unet_conv_out.alpha": torch.ones(()),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert len(adapter.layers) == 1
+    assert adapter.unused.keys() == {"lora_unet_conv_out.alpha"}
+
+
 def test_an_alpha_stored_as_a_whole_number(tmp_path):
     module = f"lora_unet_{QKV.replace('.', '_')}_to_q"
     tensors = {f"{module}.lora_up.weight": UP, f"{module}.lora_down.weight": DOWN, f"{module}.alpha": torch.tensor(4)}

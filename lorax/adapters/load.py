@@ -129,6 +129,8 @@ class _Reading:
         if parts and (matrix := self._try(parts.values(), partial(self._matrix, module, keys, parts, naming, config))):
             yield matrix
         vectors = keys.keys() & VECTOR_ROLES.keys() | ({"diff"} if _is_vector(self.file, keys) else set())
+        if not parts and not vectors:
+            self.unused[keys["alpha"]] = "an alpha without an update"
         for role in sorted(vectors):
             if vector := self._try([keys[role]], partial(self._vector, module, keys, role, naming, config)):
                 yield vector
