@@ -67,6 +67,18 @@ def test_scripts_of_kohya_write_original_names_for_sdxl_only(tmp_path, module, t
     assert [family.name for family in load_adapter(tmp_path / "a.safetensors").families] == told
 
 
+def test_a_layer_that_families_call_differently_in_the_original_has_the_name_that_they_share(tmp_path):
+    path = "time_text_embed.text_embedder.linear_1"  # originally vector_in.in_layer of FLUX.1, y_embedder.mlp.0 of SD 3
+    module = f"lora_transformer_{path.replace('.', '_')}"
+    tensors = {f"{module}.lora_up.weight": torch.ones(8, 1), f"{module}.lora_down.weight": torch.ones(1, 8)}
+    save_file(tensors | {f"{module}.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert adapter.family_label == "FLUX.1, HunyuanVideo or Stable Diffusion 3"
+    assert list(adapter.layers) == [f"transformer.{path}"]
+    save_adapter(adapter, tmp_path / "b.safetensors")
+    assert load_file(tmp_path / "b.safetensors").keys() == tensors.keys() | {f"{module}.alpha"}
+
+
 def test_a_module_that_no_family_knows_keeps_its_key(tmp_path):
     tensors = {}
     for module in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q", "of.its.own"):
@@ -479,9 +491,10 @@ def test_a_whole_lokr_of_peft_is_scaled(tmp_path):
     key = f"base_model.model.{QKV}.to_q"
     tensors = {f"{key}.lokr_w1": random(16, 16), f"{key}.lokr_w2": random(20, 20)}
     saved(tmp_path / "adapter_model.safetensors", tensors)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha": 4, "r": 32}))
-    (own,) = load_adapter(tmp_path / "adapter_model.safetensors").layers.values()
-    torch.testing.assert_close(own.delta_weight(), torch.kron(random(16, 16), random(20, 20)) / 8)
+    for config, scale in (({}, 1.0), ({"alpha": 4, "r": 32}, 1 / 8)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        (own,) = load_adapter(tmp_path / "adapter_model.safetensors").layers.values()
+        torch.testing.assert_close(own.delta_weight(), torch.kron(random(16, 16), random(20, 20)) * scale)
 
 
 # The families whose blocks have this name.
