@@ -105,7 +105,7 @@ class Mover:
         """Compare the two weights of a pair, and move the update."""
         layer_s, layer_t = self.source.layers.get(own.layer.name), self.target.layers.get(place)
         row = Row(own.layer.name, place, Outcome.TRANSFERRED)
-        fits = layer_s is not None and (not own.layer.shape or own.layer.matrix_shape == layer_s.matrix_shape)
+        fits = layer_s is not None and own.layer.matrix_shape == layer_s.matrix_shape
         if fits or not own.norm_needs_weight:
             row = replace(row, source_norm=self._norm(own, self.source))
         if layer_s is None:

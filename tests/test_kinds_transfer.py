@@ -1,12 +1,25 @@
 """Every kind of adapter, moved between two small models with fused weights (FLUX.1) by every way there is."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from demo.pruned import noisy
 from demo.synthetic import falling
-from lorax import MismatchError, Outcome, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import (
+    Assignment,
+    MismatchError,
+    NumericsError,
+    Outcome,
+    load_adapter,
+    open_base,
+    pair_scores,
+    save_adapter,
+    transfer_adapter,
+)
 from lorax.adapters import (
     Adapter,
     BoftLayer,
@@ -188,6 +201,55 @@ def test_an_update_that_cannot_be_cut_is_made_dense_and_cut(kind, bases):
         torch.testing.assert_close(dense(result.layers[part.name], target), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in kinds(QKV) if kind not in CUT])
+def test_the_row_of_an_update_that_stays_whole_is_that_of_the_whole_weight(kind, bases):
+    own = kinds(QKV)[kind]
+    before, here = (base.fused_weight(QKV) for base in bases)
+    result, report = transfer_adapter(adapter_of(own), *bases, method="copy")
+    (row,), (moved,) = report.rows, result.layers.values()
+    assert row.source_norm == pytest.approx(float(own.delta_weight(before).double().norm()), rel=1e-4)
+    assert row.target_norm == pytest.approx(float(moved.delta_weight(here).double().norm()), rel=1e-4)
+    assert (row.left, row.right) == pair_scores(before, here)
+    with pytest.raises(MismatchError, match="1 below threshold"):
+        transfer_adapter(adapter_of(own), *bases, method="copy", threshold=row.corrected)
+    transfer_adapter(adapter_of(own), *bases, method="copy", threshold=row.corrected - 1e-6)
+
+
+@pytest.mark.parametrize("method", ["copy", "project"])
+@pytest.mark.parametrize("shape", [(3 * W, 2 * W), (2 * W, W)], ids=str)
+def test_an_update_of_a_fused_weight_of_another_size_is_reported(method, shape, bases):
+    lora, own = kinds(bases[0].layers[NAME])["lora"], kinds(Layer(QKV.name, shape, QKV.original))["oft"]
+    result, report = transfer_adapter(adapter_of(lora, own), *bases, method=method, rank=8)
+    row = report.rows[-1]
+    assert list(result.layers) == [NAME]
+    assert (row.source, row.target, row.outcome) == (QKV.name, "", Outcome.SHAPE_MISMATCH)
+    assert row.note == f"adapter {shape}, source {QKV.shape}"
+
+
+@pytest.mark.parametrize("kind", ["lora", "diff", "oft"])
+def test_an_update_of_another_size_than_its_source_is_reported(kind, bases):
+    layer = bases[0].layers["transformer.transformer_blocks.1.attn.to_out.0"]
+    lora, own = kinds(bases[0].layers[NAME])["lora"], kinds(Layer(layer.name, (2 * W, W), layer.original))[kind]
+    result, report = transfer_adapter(adapter_of(lora, own), *bases)
+    row = report.rows[-1]
+    assert list(result.layers) == [NAME]
+    assert (row.source, row.outcome, row.target_norm) == (layer.name, Outcome.SHAPE_MISMATCH, 0)
+    assert row.note == f"adapter {(2 * W, W)}, source {(W, W)}"
+    # What an update does that turns its weight is not known without one of its size.
+    norm = math.nan if own.norm_needs_weight else float(own.delta_weight().norm())
+    assert row.source_norm == pytest.approx(norm, nan_ok=True)
+
+
+def test_of_a_fused_weight_only_the_parts_that_are_fed_get_an_update(bases):
+    own = kinds(QKV)["oft"]
+    parts = [part.name for part in bases[0].layers.find("transformer", QKV.original)]
+    some = Assignment("file", dict.fromkeys(parts[1:], ""))
+    result, report = transfer_adapter(adapter_of(own), *bases, method="copy", lora_rank=W, assignment=some)
+    assert [row.outcome for row in report.rows] == [Outcome.TRANSFERRED, *[Outcome.NO_TARGET_LAYER] * 2]
+    expected = own.delta_weight(bases[0].fused_weight(QKV))[:W].double()
+    torch.testing.assert_close(dense(result.layers[NAME], bases[1]), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", kinds(QKV))
 def test_converted_each_kind_is_the_best_lora_of_the_rank(kind, bases):
     source, _ = bases
@@ -265,6 +327,16 @@ def test_a_dora_of_a_fused_weight_that_cannot_be_cut_moves_as_any_dora(bases):
         [dense(whole.layers[part.name], target) for part in source.layers.find("transformer", QKV.original)]
     )
     torch.testing.assert_close(arrived, own.delta_weight(before), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [None, QKV], ids=["layer", "fused"])
+def test_a_magnitude_that_grows_beyond_its_dtype_is_refused(layer, bases):
+    source, target = bases
+    layer = layer or source.layers[NAME]
+    own = kinds(layer)["dora by input"].moved(layer, torch.float16)
+    larger = replace(target, read=lambda layer: 1e6 * target.read(layer))
+    with pytest.raises(NumericsError, match=layer.name):
+        transfer_adapter(adapter_of(own), source, larger, method="copy", threshold=-9)
 
 
 def test_a_dora_on_another_size_moves_all_that_it_changes(bases, tmp_path):

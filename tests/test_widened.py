@@ -91,6 +91,16 @@ def test_the_known_channels_take_the_update_and_the_others_none(case, method):
         assert row.source_norm == pytest.approx(float(dW.norm()), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["copy", "project"])
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+def test_the_result_has_the_dtype_of_the_input(kind, method):
+    source, target = pair(MADE[0])
+    own = of_kinds(source, "unet.conv_in")[kind]
+    adapter = Adapter("a", source.family, "kohya", {"unet.conv_in": own.moved(own.layer, torch.float16)})
+    result, _ = transfer_adapter(adapter, source, target, method=method, rank=3, threshold=-9)
+    assert result.layers["unet.conv_in"].dtype == torch.float16
+
+
 @pytest.mark.parametrize("case", MADE, ids=IDS)
 def test_the_other_way_the_channels_that_the_target_lacks_are_cut_and_count_as_lost(case):
     target, source = pair(case)
