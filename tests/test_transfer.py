@@ -26,7 +26,7 @@ from lorax import (
     transfer_adapter,
 )
 from lorax.convert import convert_to_lora, convert_to_lora_x
-from lorax.families import families
+from lorax.families import UNKNOWN, families
 from lorax.report import similarity_json
 from lorax.scores import Score, ScoreTable
 from lorax.similarity import compare_bases
@@ -126,6 +126,30 @@ def test_fast_projection_is_right_to_its_bound(lora, tmp_path):
         assert 0 < float((exact - fast).norm() / exact.norm()) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "options", [{"method": "index"}, {"method": "align"}, {"method": "project", "output_format": "lora-x"}], ids=str
+)
+def test_what_needs_single_vectors_is_never_fast(options):
+    """The fast subspace turns vectors of like singular values among each other; `index` and LoRA-X tell them apart."""
+    layer = lorax.Layer("transformer.blocks.0.attn.to_q", (150, 160))
+    generator = torch.Generator().manual_seed(5)
+    shapes = (150, 160), ((150, 160) if "output_format" in options else (170, 160))
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    pair = [
+        lorax.Base(name, UNKNOWN, lorax.LayerTable([replace(layer, shape=tuple(W.shape))]), lambda _, W=W: W)
+        for name, W in zip("st", weights, strict=True)
+    ]
+    own = LoraLayer(layer, torch.randn(150, 4, generator=generator), torch.randn(4, 160, generator=generator))
+    adapter = Adapter("a", None, "kohya", {layer.name: own})
+    exact, fast = (
+        transfer_adapter(adapter, *pair, rank=50, threshold=-9, engine=Engine(fast=fast), **options)[0]
+        .layers[layer.name]
+        .parts()
+        for fast in (False, True)
+    )
+    assert all(torch.equal(exact[name], fast[name]) for name in exact)
+
+
 def test_inputs_never_change(bases, lora):
     before = {name: (own.lora_up.clone(), own.lora_down.clone()) for name, own in lora.layers.items()}
     files = [base.files[0].read_bytes() for base in bases]
@@ -158,6 +182,7 @@ def test_lora_x_is_projected_and_can_stay_lora_x(bases, lora_x):
 
 def test_lora_x_on_its_own_base_is_itself(bases, lora_x):
     result, report = transfer_adapter(lora_x, bases[0], bases[0], rank=16, output_format="lora-x")
+    assert {row.method for row in report.rows} == {"orthogonal"}
     assert report.retained_energy == pytest.approx(1, abs=1e-4)
     for name, own in lora_x.layers.items():
         torch.testing.assert_close(result.layers[name].delta, own.delta, rtol=0, atol=1e-4)
