@@ -135,7 +135,7 @@ def test_workers_fit_the_memory(tasks, monkeypatch):
 
 def test_an_output_folder_that_cannot_be_is_named(tasks, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write the journal"):
+    with pytest.raises(OutputError, match="cannot make a folder"):
         migrate(tasks, tmp_path / "file" / "out")
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import types
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -61,16 +62,19 @@ def kill_one(process, candidates):
     assert killed
 
 
+def workers_of(process, seconds):
+    """Yield the workers of a migration that have computed so long; other children come and go meanwhile."""
+    for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+        with suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > seconds:
+                yield child
+
+
 def test_a_killed_worker_costs_nothing(library, bases, tmp_path, expected):
     out = tmp_path / "out"
     process = subprocess.Popen(words(library, bases, out), stderr=subprocess.PIPE)
 
-    def busy():
-        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
-            if "spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > 0.5:
-                yield child
-
-    kill_one(process, busy)
+    kill_one(process, lambda: workers_of(process, 0.5))
     assert process.wait(timeout=120) == 1
     assert contents(out) == expected
 
@@ -231,13 +235,8 @@ def test_what_ends_the_command_ends_its_workers_and_leaves_a_journal_to_go_on_wi
 def test_ctrl_c_while_the_workers_start(many):
     """A terminal sends it to them too, before they have come to say that they ignore it: only the command ends them."""
     process = subprocess.Popen([*map(str, many)], stderr=subprocess.PIPE, text=True)
-
-    def importing():
-        for child in psutil.Process(process.pid).children():
-            if "spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > 0.1:
-                yield child
-
-    while not (workers := [*importing()]):
+    while not (workers := [*workers_of(process, 0.1)]):
+        assert process.poll() is None
         time.sleep(0.005)
     workers[0].send_signal(signal.SIGINT)
     with pytest.raises(psutil.TimeoutExpired):
