@@ -258,7 +258,6 @@ def faults(name, naming, chosen, pair, folder):
 
 
 NAMES = (*UNETS, *TRANSFORMERS)
-ALL = [(name, naming, chosen) for name in NAMES for naming in NAMINGS for chosen in SETS]
 # every naming, and no model that takes long to build
 SAMPLE = [
     ("SD 1", "kohya of diffusers paths", "others"),
