@@ -20,7 +20,7 @@ from lorax.base import loaded_base
 from lorax.families import Family, families
 from lorax.layers import flatten
 from lorax.unet import diffusers_to_ldm
-from tests.test_tables import MODELS, Checkpoint, original_shapes, shapes_of
+from tests.test_tables import MODELS, SWAPPED, Checkpoint, original_shapes, shapes_of
 
 RANK, ALPHA = 2, 1.0
 NARROW = {"num_attention_heads": 1}
@@ -92,7 +92,8 @@ def rows_of(entry, family, shapes):
     originals = original_shapes(family, shapes)
     converter = MODELS[entry][2]
     if not converter:
-        parts = [(layer, originals[layer.original][0]) for layer in family.layers(originals) if layer.path in shapes]
+        told = shapes.keys() - SWAPPED.get(entry, set())  # as with converters: no halves that change places
+        parts = [(layer, originals[layer.original][0]) for layer in family.layers(originals) if layer.path in told]
         return {layer.path: (layer.original, *(x / m for x in layer.rows or (0, m))) for layer, m in parts}
     spelled = original_shapes(family, shapes, aliases=entry == "hunyuan_video")  # in the same order
     prefix = "net." if family.name == "anima" else ""
