@@ -124,7 +124,6 @@ def similarity(
     from .page import page
     from .report import check_json, similarity_json
     from .similarity import compare_bases, shared_kinds
-    from .transfer import known_scores
     from .view import similarity_view
 
     if layers not in ("attention", "all"):
@@ -154,8 +153,7 @@ def similarity(
     if png_file:
         write_bytes(png_file, png(result))
     if html_file:
-        known = known_scores(result)
-        pairs = or_on_cpu(lambda engine: match_bases(base_s, base_t, known=known, engine=engine), engine)
+        pairs = or_on_cpu(lambda engine: match_bases(base_s, base_t, known=result.scores, engine=engine), engine)
         write_bytes(html_file, page(similarity_view(result, base_s, base_t, pairs)).encode())
 
 

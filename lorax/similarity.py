@@ -19,7 +19,7 @@ from .errors import MismatchError, OptionError
 from .layers import Layer
 from .linalg import Subspace, decompose, gram, near_one, to_exact
 from .progress import Progress, counter, silent, unheard
-from .scores import Array, Score, ScoreTable, Sides, check_pairs
+from .scores import Array, PairScores, Score, ScoreTable, Sides, check_pairs
 
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
 GRAM_LIMIT = 4096
@@ -182,6 +182,14 @@ class Similarity:
     rank: int | None
     identities: tuple[str, str]
     kinds: list[KindSimilarity] = field(default_factory=list[KindSimilarity])
+
+    @property
+    def scores(self) -> PairScores:
+        """Left and right score of every pair, by (source layer name, target layer name)."""
+        scores = PairScores()
+        for kind in self.kinds:
+            scores.add(kind.sources, kind.targets, (kind.left, kind.right))
+        return scores
 
 
 def compare_bases(

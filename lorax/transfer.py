@@ -89,7 +89,7 @@ def transfer_adapter(
         if similarity is not None and similarity.identities != identities:
             got = f"it compared {similarity.source} and {similarity.target}"
             raise MismatchError("the similarity is of other bases", got, "compare source and target of this transfer")
-        known = known_scores(similarity)
+        known = PairScores() if similarity is None else similarity.scores
         if assignment is None:
             assignment = match_bases(source, target, matching, known=known, engine=engine, progress=progress)
         report = TransferReport(
@@ -152,14 +152,6 @@ def _check_numbers(rank: int | None, lora_rank: int, threshold: float, source: B
     check_positive(lora_rank, "lora_rank")
     if not (math.isfinite(threshold) and threshold < 1):
         raise OptionError("the threshold is out of range", str(threshold), "give a number below 1")
-
-
-def known_scores(similarity: Similarity | None) -> PairScores:
-    """Return left and right score of every pair in a similarity, by (source layer name, target layer name)."""
-    scores = PairScores()
-    for kind in similarity.kinds if similarity else []:
-        scores.add(kind.sources, kind.targets, (kind.left, kind.right))
-    return scores
 
 
 def _targets(assignment: Assignment, target: Base) -> dict[str, list[str]]:

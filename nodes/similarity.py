@@ -8,7 +8,6 @@ import torch
 from ..lorax.matching import match_bases
 from ..lorax.pictures import similarity_picture
 from ..lorax.similarity import Similarity, compare_bases
-from ..lorax.transfer import known_scores
 from ..lorax.view import similarity_view
 from . import host
 from .host import io
@@ -77,7 +76,7 @@ def _compare(base_s, base_t, rank, layers, engine, progress):
     found = compare_bases(
         base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], engine=engine, progress=progress
     )
-    return found, match_bases(base_s, base_t, known=known_scores(found), engine=engine, progress=progress)
+    return found, match_bases(base_s, base_t, known=found.scores, engine=engine, progress=progress)
 
 
 def picture(similarity: Similarity) -> torch.Tensor:

@@ -16,7 +16,6 @@ from lorax import FormatError, MismatchError, OptionError, load_adapter, open_ba
 from lorax.matching import best_in_order, load_assignment, match_bases, spread
 from lorax.scores import ScoreTable
 from lorax.similarity import compare_bases
-from lorax.transfer import known_scores
 
 from .conftest import small_base
 
@@ -127,7 +126,7 @@ def test_known_scores_decide_and_are_not_computed_again(anima_bases):
         for like in [[[number(s.name) + 12 == number(t.name) for t in kind.targets] for s in kind.sources]]
     ]
     done = []
-    known = known_scores(replace(compared, kinds=made_up))
+    known = replace(compared, kinds=made_up).scores
     assignment = match_bases(source, target, known=known, progress=lambda *step: done.append(step))
     assert not done
     for block, pair in assignment.pairs.items():

@@ -16,7 +16,6 @@ from lorax.matching import Assignment, match_bases
 from lorax.report import ARRIVED
 from lorax.scores import ScoreTable
 from lorax.similarity import KindSimilarity, Similarity
-from lorax.transfer import known_scores
 from lorax.view import LOWEST, MOST_CELLS, STEP, similarity_view
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "lorax/view.schema.json").read_text())
@@ -73,7 +72,7 @@ def test_the_layers_are_in_the_order_of_the_model_with_their_shapes(bases):
 def test_what_the_view_counts_is_what_a_transfer_moves(bases, lora_file):
     """Above the threshold, as the view takes it, against the outcomes of a real transfer."""
     similarity = compare_bases(*bases, attention_only=False)
-    view = similarity_view(similarity, *bases, match_bases(*bases, known=known_scores(similarity)))
+    view = similarity_view(similarity, *bases, match_bases(*bases, known=similarity.scores))
     targets = names(view["targets"])
     values = sorted(pair[4] for pair in view["pairs"])
     threshold = (values[len(values) // 3] + values[len(values) // 3 + 1]) / 2
