@@ -20,7 +20,7 @@ MOST_JSON = 2**20
 # 28 % of its score with updates that keep about a quarter; one half is where we start to warn.
 WEAK = 0.5
 # Half precision rounds the norm of an update by no more than this.
-ROUNDING = 1e-3
+NORM_ROUNDING = 1e-3
 # Beyond this, what is left of an update is no longer the same update, only louder (users go to 4.5 in public threads).
 MOST_STRENGTH = 4.0
 
@@ -200,7 +200,7 @@ class TransferReport:
         reason = "all of it arrived"
         if f"{strength:.2f}" != "1.00":
             reason = "to make up for what was lost"
-        elif self.retained_energy < self._kept * (1 - ROUNDING):
+        elif self.retained_energy < self._kept * (1 - NORM_ROUNDING):
             reason = "what the target does already is left out"
         return f"{head}; suggested strength {strength:.2f} ({reason})"
 

@@ -22,7 +22,7 @@ RANK = 2**14
 WEIGHT = 2**30
 # The relative error up to which a multiple counts as exact: the unit roundoff of float32, by 16 for its small numbers.
 # The factors that it is asked of were rounded to 2^-9 (bf16) or 2^-11 (fp16) when their file was made.
-ROUNDING = 2.0**-20
+EXACT = 2.0**-20
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -328,11 +328,11 @@ def number(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def times(tensor: Tensor, factor: float) -> Tensor:
-    """Return a multiple of a tensor: in its dtype where that rounds by no more than `ROUNDING`, else in float32."""
+    """Return a multiple of a tensor: in its dtype where that rounds by no more than `EXACT`, else in float32."""
     exact = tensor.double() * factor
     stored = exact.to(tensor.dtype)
     error = torch.linalg.vector_norm(stored.double() - exact)
-    return stored if float(error) <= ROUNDING * float(torch.linalg.vector_norm(exact)) else exact.float()
+    return stored if float(error) <= EXACT * float(torch.linalg.vector_norm(exact)) else exact.float()
 
 
 def stacked(parts: Sequence[AdapterLayer], layer: Layer) -> AdapterLayer | None:
