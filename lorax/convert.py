@@ -51,8 +51,7 @@ def convert_to_lora(
             own.check_finite()
         layers[name] = own
         progress(done, len(adapter.layers), name)
-    origins = {name: origin for name, origin in adapter.origins.items() if layers[name] is adapter.layers[name]}
-    return replace(adapter, layers=layers, origins=origins)
+    return replace(adapter, layers=layers)
 
 
 def convert_to_lora_x(
@@ -101,6 +100,4 @@ def convert_to_lora_x(
         got = f"{adapter.name} and {source.name} ({source.family.label})"
         raise MismatchError("the adapter does not belong to the source base", got, "give the base that it was made for")
     unused, unread = {**adapter.unused, **left}, {**adapter.unread, **left}
-    return replace(
-        adapter, family=source.family, layers=layers, unused=unused, origins={}, unread=unread, alternatives=()
-    ), shares
+    return replace(adapter, family=source.family, layers=layers, unused=unused, unread=unread, alternatives=()), shares

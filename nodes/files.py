@@ -139,8 +139,7 @@ def expanded(adapter: Adapter, base: Base, components: Container[str] | None = N
         ),
         len(changes),
     )
-    origins = {name: origin for name, origin in adapter.origins.items() if name not in changes}
-    return replace(adapter, layers={**adapter.layers, **lora.layers}, origins=origins)
+    return replace(adapter, layers={**adapter.layers, **lora.layers})
 
 
 def summary(adapter: Adapter) -> str:

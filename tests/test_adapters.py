@@ -595,6 +595,28 @@ def test_read_without_its_base_an_adapter_becomes_there_what_it_is_with_it(tmp_p
     assert list(node.resolved(base).layers) == list(ours.layers)
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_layers_that_are_changed_in_memory_are_what_counts(tmp_path, is_known):
+    """One part of a fused update is made stronger, one is taken out: the file does not bring them back."""
+    shapes = {"double_blocks.0.img_attn.qkv": (24, 8), "double_blocks.0.img_attn.proj": (8, 8)}
+    shapes |= {"double_blocks.0.img_mod.lin": (48, 8), "single_blocks.0.linear1": (56, 8), "txt_in": (8, 16)}
+    parameters = {f"{path}.weight": shape for path, shape in shapes.items()}
+    base = loaded_base("flux", parameters, {}, lambda layer: torch.zeros(layer.shape))
+    tensors = {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": tensor for part, tensor in FUSED["lora"].items()}
+    tensors |= {"transformer.transformer_blocks.0.attn.to_q.diff": random(8, 8, seed=1)}
+    tensors |= {"lora_unet_double_blocks_0_img_attn_proj.diff": random(8, 8)}
+    adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors), base if is_known else None)
+    q, k, v, out = (f"transformer.transformer_blocks.0.attn.to_{part}" for part in ("q", "k", "v", "out.0"))
+    stronger = replace(adapter.layers[v], alpha=3.0)
+    layers = {q: adapter.layers[q], v: stronger, out: adapter.layers[out]}
+    found = replace(adapter, layers=layers).resolved(base).layers
+    assert found.keys() == layers.keys()
+    for name, own in layers.items():
+        torch.testing.assert_close(found[name].delta_weight(), own.delta_weight(), rtol=0, atol=0)
+    torch.testing.assert_close(found[v].delta_weight(), 3 * adapter.layers[v].delta_weight())
+    assert replace(adapter, layers={k: adapter.layers[k]}).resolved(base).layers.keys() == {k}
+
+
 @pytest.mark.parametrize(
     ("prefix", "naming", "name"),
     [

@@ -97,7 +97,7 @@ def test_layers_of_unknown_norm_are_not_nothing(count, bases, tmp_path):
     assert sum(row["source_norm"] is None and row["retained_energy"] is None for row in rows) == count
     layers = {name: own for name, own in adapter.layers.items() if "elsewhere" in name}
     layers[LAYER] = replace(adapter.layers[LAYER], alpha=0.0)
-    _, report = transfer_adapter(replace(adapter, layers=layers, origins={}), *bases)
+    _, report = transfer_adapter(replace(adapter, layers=layers), *bases)
     assert report.summary == f"1 of {count + 1} layers arrived; the norm of {count} is not known"
 
 

@@ -29,7 +29,8 @@ class Adapter:
         layers: The update of each layer, by layer name.
         unused: What else was in the file, key -> why it is not used.
         metadata: The file's own metadata.
-        origins: The updates as its file spells them that each layer is (or is a part of) the sum of, by layer name.
+        origins: The updates as its file spells them that a layer as it was read is (or is a part of) the sum of. Those
+            of a layer that was changed or taken out since do not count.
         unread: Layers (as the file spells them where they are not known) with an update in the file that is not used
             -> why. What is no update of a layer, such as a textual-inversion vector, is in `unused` only.
         alternatives: Where `family` is None because the file fits several: these; else none.
@@ -41,7 +42,7 @@ class Adapter:
     layers: Mapping[str, AdapterLayer]
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    origins: Mapping[str, tuple[Update, ...]] = field(default_factory=dict[str, tuple[Update, ...]])
+    origins: Mapping[AdapterLayer, tuple[Update, ...]] = field(default_factory=dict[AdapterLayer, tuple[Update, ...]])
     unread: Mapping[str, str] = field(default_factory=dict[str, str])
     alternatives: tuple[Family, ...] = ()
 
@@ -72,12 +73,13 @@ class Adapter:
         """Return the adapter with its layers named as its own base names them.
 
         A file that was read without its base was named by what the file tells, or by its own spelling; what counts is
-        the file, so that this is what reading it with the base gives.
+        the file, so that this is what reading it with the base gives. A layer that is not as it was read counts as it
+        is, and so do the others that are parts of the same update of the file.
 
         Raises:
             MismatchError: The adapter is of another family: its cross-attention reads another text width.
         """
-        updates = [up for name, own in self.layers.items() for up in self.origins.get(name) or (_update(own),)]
+        updates = self._updates()
         widths = text_widths(updates)
         if base.family.unet is not None and widths - {base.family.unet.context_dim}:
             made_for = self.family_label or f"a family of text width {min(widths)}"
@@ -86,7 +88,7 @@ class Adapter:
                 f"{self.name} (made for {made_for}) and {base.name} ({base.family.label})",
                 "give the base that it was made for (are source and target swapped?)",
             )
-        placed = place(list(dict.fromkeys(updates)), base, self.families)
+        placed = place(updates, base, self.families)
         unused, unread = dict(self.unused), dict[str, str]()
         for name, why in self.unread.items():
             component, _, path = name.partition(".")
@@ -104,6 +106,17 @@ class Adapter:
             unread=unread,
             alternatives=placed.alternatives,
         )
+
+    def _updates(self) -> list[Update]:
+        """Return the updates that the layers are made of: those of the file, as far as all their layers are there."""
+        layers = set(self.layers.values())
+        changed = {update for own, origin in self.origins.items() if own not in layers for update in origin}
+        found: dict[Update, None] = {}
+        for own in self.layers.values():
+            origin = self.origins.get(own, ())
+            is_read = origin and changed.isdisjoint(origin)
+            found |= dict.fromkeys(origin if is_read else (_update(own),))
+        return list(found)
 
 
 def _update(own: AdapterLayer) -> Update:

@@ -48,13 +48,13 @@ class Placed:
     Attributes:
         families: The families that the adapter may be of, by whose names the layers are called.
         layers: The update of each layer, by layer name.
-        origins: The updates of the file that a layer is (or is a part of) the sum of, by layer name.
+        origins: The updates of the file that each of `layers` is (or is a part of) the sum of.
         refused: What found no place, and why.
     """
 
     families: tuple[Family, ...]
     layers: dict[str, AdapterLayer] = field(default_factory=dict[str, AdapterLayer])
-    origins: dict[str, tuple[Update, ...]] = field(default_factory=dict[str, tuple[Update, ...]])
+    origins: dict[AdapterLayer, tuple[Update, ...]] = field(default_factory=dict[AdapterLayer, tuple[Update, ...]])
     refused: list[tuple[Update, FormatError]] = field(default_factory=list[tuple[Update, FormatError]])
 
     @property
@@ -98,8 +98,9 @@ def place(updates: Sequence[Update], base: Base | None, told: tuple[Family, ...]
             continue
         for own in found:
             name = own.layer.name
+            before = placed.origins.pop(placed.layers[name]) if name in placed.layers else ()
             placed.layers[name] = own
-            placed.origins[name] = (*placed.origins.get(name, ()), update)
+            placed.origins[own] = (*before, update)
             reach[name] = names
     return placed
 
