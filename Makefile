@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo quick test test-web test-whole lint check bench install format clean
+.PHONY: help demo quick test test-web test-oldest test-whole lint check bench install format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ quick: .venv/.dev  ## Run the core's tests that take a moment (a minute)
 
 test-whole: .venv/.dev  ## Run what the tests take a sample of, whole (long)
 	$(PYTEST) -m whole
+
+test-oldest: .venv-oldest/.done  ## Run the quick tests with the oldest packages that pyproject.toml allows (Python up to 3.12)
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not whole"
 
 test-web: tests/web/node_modules  ## Run the unit tests of the views (web/)
 	cd tests/web && npm test --silent
@@ -52,7 +55,7 @@ format: .venv/.dev  ## Format the code
 	$(BIN)/ruff check --fix .
 
 clean:  ## Remove .venv and everything that was made
-	rm -rf .venv demo/out *.egg-info tests/web/node_modules screenshots
+	rm -rf .venv .venv-oldest demo/out *.egg-info tests/web/node_modules screenshots
 
 .venv/.demo: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -64,3 +67,12 @@ clean:  ## Remove .venv and everything that was made
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/notcomfy notcomfy==0.1.0
 	@touch $@ .venv/.demo
+
+# What the package and its command line need, each at its lowest version, and what the tests need.
+OLDEST = $(shell sed -nE '/^(dependencies|cli) = /s/>=/==/gp' pyproject.toml | grep -oE '[a-z]+==[0-9.]+')
+
+.venv-oldest/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[cli]' $(OLDEST) \
+		hypothesis jsonschema pytest pytest-timeout pytest-xdist
+	@touch $@

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from hypothesis import settings
 from safetensors.torch import save_file
 
+import lorax
 from demo.synthetic import base_tensors
 from lorax import Base, cli, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.entry import ENDINGS
@@ -39,6 +41,7 @@ SMALL = UNetConfig(
 # The user's own cache is none of the tests' business.
 os.environ["LORAX_CACHE"] = "off"
 
+REPORT_SCHEMA = json.loads((Path(lorax.__file__).parent / "report.schema.json").read_text())
 SHARED = Path(os.environ.get("LORAX_SHARED", Path(__file__).parents[2] / "shared"))
 
 

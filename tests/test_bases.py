@@ -3,18 +3,19 @@
 import json
 from dataclasses import replace
 
-import diffusers
 import pytest
 import torch
-import transformers
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, swap_scale_shift
 from safetensors.torch import load_file, save_file
 
 from demo.synthetic import base_tensors
 from lorax import FileError, FormatError, module_base, open_base
 from lorax.families import families
 from lorax.inspect import describe
-from tests.test_tables import MODELS
+from tests.models import MODELS
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
 
 # Narrow: what a model of diffusers is here needs no true widths.
 NARROW = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -74,7 +75,7 @@ def check(base, model, name):
     assert found.keys() == {f"{component}.{path}" for path in expected}
     for path, weight in expected.items():
         layer = found[f"{component}.{path}"]
-        assert torch.equal(base.read(layer), swap_scale_shift(weight, 0) if layer.swapped else weight), path
+        assert torch.equal(base.read(layer), single_file.swap_scale_shift(weight, 0) if layer.swapped else weight), path
     assert any(layer.swapped for layer in found.values()) == (name in SWAPPED)
 
 
@@ -120,7 +121,8 @@ def original(family, model):
     layers = family.layers({path: tuple(weight.shape) for path, weight in state.items()})
     for layer in sorted(layers, key=lambda layer: layer.rows or (0, 0)):
         weight = state[layer.path]
-        tensors.setdefault(layer.original, []).append(swap_scale_shift(weight, 0) if layer.swapped else weight)
+        part = single_file.swap_scale_shift(weight, 0) if layer.swapped else weight
+        tensors.setdefault(layer.original, []).append(part)
     return {f"{path}.weight": torch.cat(parts) for path, parts in tensors.items()}
 
 
@@ -156,7 +158,7 @@ def test_an_original_unet_has_the_weights_that_diffusers_converts(name, tmp_path
     config = {"layers_per_block": 1, "class_embed_type": None, "addition_embed_type": None}
     config |= {"addition_embed_type": "text_time"} if name == "sdxl" else {}
     config |= {"down_block_types": ["x", "x"], "up_block_types": ["x", "x"]}
-    converted = matrices(convert_ldm_unet_checkpoint(tensors, config))
+    converted = matrices(single_file.convert_ldm_unet_checkpoint(tensors, config))
     for around in AROUND:
         save_file({k.replace(AROUND[1], around): w for k, w in tensors.items()}, tmp_path / "base.safetensors")
         base = open_base(tmp_path / "base.safetensors")

@@ -18,22 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lorax import load_adapter
-from tests.conftest import lora_tensors, small_base
-from tests.test_transfer import SCHEMA
+from tests.commands import error_of
+from tests.conftest import REPORT_SCHEMA, lora_tensors, small_base
 
 
 @pytest.fixture
 def words(bases, lora_file, tmp_path):
     source, target = bases[0].files[0], bases[1].files[0]
     return ["transfer", lora_file, "--source", source, "--target", target, "--output", tmp_path / "out.safetensors"]
-
-
-def error_of(run, *words):
-    """Run what must fail: exit status 1, and exactly one line that starts with `error:`."""
-    _, err = run(*words, status=1)
-    (line,) = err.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def test_transfer_writes_the_file_the_report_and_the_picture(run, words, bases, tmp_path):
@@ -44,7 +36,7 @@ def test_transfer_writes_the_file_the_report_and_the_picture(run, words, bases, 
     assert "Warning" not in err  # of Python
     adapter = load_adapter(tmp_path / "out.safetensors", bases[1])
     report = json.loads((tmp_path / "r.json").read_text())
-    jsonschema.validate(report, SCHEMA)
+    jsonschema.validate(report, REPORT_SCHEMA)
     assert report["arrived"] == len(adapter.layers) == report["layers"]
     assert adapter.metadata["lorax_method"] == "project"
     assert adapter.metadata["ss_tag_frequency"] == "kept"
@@ -88,7 +80,7 @@ def test_similarity(run, bases, tmp_path):
     )
     assert "attn2.to_k" in out
     data = json.loads((tmp_path / "s.json").read_text())
-    jsonschema.validate(data, SCHEMA)
+    jsonschema.validate(data, REPORT_SCHEMA)
     with Image.open(tmp_path / "s.png") as image:
         assert len(set(image.get_flattened_data() if hasattr(image, "get_flattened_data") else image.getdata())) > 10
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tests.test_kinds_transfer as every
 from lorax import (
     Cache,
     Engine,
@@ -32,10 +31,11 @@ from lorax.migration.job import Task
 from lorax.migration.work import move
 from lorax.options import METHODS
 from lorax.train import attach, train
+from tests import every_kind as every
 from tests import single
 from tests.conftest import small_base
-from tests.test_linalg import with_spectrum
-from tests.test_train import data, made
+from tests.naive import with_spectrum
+from tests.trainable import data, made
 
 CPU = Engine()
 # CUDA's products of float32 may round as those of float16 do (TF32); the other device rounds as float32 does.
@@ -99,7 +99,9 @@ def test_each_method(bases, wide, loaded, method, engine, tolerance):
             assert ours.retained_energy == pytest.approx(cpus.retained_energy, abs=tolerance, nan_ok=True)
 
 
-flux = every.bases
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    return every.flux_bases(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.mark.parametrize(("is_fused", "method"), [(False, "auto"), (False, "project"), (True, "project")])

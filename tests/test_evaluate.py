@@ -7,26 +7,18 @@ import sys
 from contextlib import suppress
 from itertools import combinations
 
-import lpips
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BitImageProcessor,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    Dinov2Config,
-    Dinov2Model,
-)
 
 from lorax import FileError, FormatError, MismatchError, OptionError
 from lorax.evaluate import evaluate
-from tests.test_hostile import FORBIDDEN, ROOT, RUN
+from tests.commands import FORBIDDEN, ROOT, RUN
+
+lpips = pytest.importorskip("lpips")
+torchvision = pytest.importorskip("torchvision")
+transformers = pytest.importorskip("transformers")
 
 SIDE = 64
 
@@ -53,16 +45,18 @@ def weights(tmp_path_factory):
     }
     (folder / "vocab.json").write_text(json.dumps(words))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
+    config = transformers.CLIPConfig(
         text_config=small | {"vocab_size": 8}, vision_config=small | {"image_size": 32, "patch_size": 8}
     )
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPModel(config).save_pretrained(folder / "hpsv2")
-    CLIPProcessor(images, tokenizer).save_pretrained(folder / "hpsv2")
-    Dinov2Model(Dinov2Config(**small, image_size=32, patch_size=8)).save_pretrained(folder / "dinov2")
-    BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPModel(config).save_pretrained(folder / "hpsv2")
+    transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder / "hpsv2")
+    transformers.Dinov2Model(transformers.Dinov2Config(**small, image_size=32, patch_size=8)).save_pretrained(
+        folder / "dinov2"
+    )
+    transformers.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
         folder / "dinov2"
     )
     save_file(torchvision.models.AlexNet().state_dict(), folder / "alexnet.safetensors")
@@ -74,7 +68,9 @@ def opened(folder):
 
 
 def test_hpsv2_is_the_cosine_of_picture_and_caption(pictures, weights):
-    model, processor = (kind.from_pretrained(weights / "hpsv2") for kind in (CLIPModel, CLIPProcessor))
+    model, processor = (
+        kind.from_pretrained(weights / "hpsv2") for kind in (transformers.CLIPModel, transformers.CLIPProcessor)
+    )
     scores = []
     for number, picture in enumerate(opened(pictures[0])):
         text = "a cat" if number < 3 else "a dog"
@@ -88,8 +84,8 @@ def test_hpsv2_is_the_cosine_of_picture_and_caption(pictures, weights):
 
 def test_dinov2_compares_pictures_of_one_name(pictures, weights):
     model, processor = (
-        Dinov2Model.from_pretrained(weights / "dinov2"),
-        BitImageProcessor.from_pretrained(weights / "dinov2"),
+        transformers.Dinov2Model.from_pretrained(weights / "dinov2"),
+        transformers.BitImageProcessor.from_pretrained(weights / "dinov2"),
     )
     scores = []
     for pair in zip(*map(opened, pictures), strict=True):
@@ -199,6 +195,7 @@ def test_a_configuration_that_is_none(pictures, weights, tmp_path, kind, text):
             evaluate(pictures[0], **{kind: folder}, reference=pictures[1])
 
 
+@pytest.mark.slow
 def test_no_network_no_pickle_no_other_program_and_no_code_of_a_folder(pictures, weights, tmp_path):
     """The command under a hook of the interpreter that ends it at the first forbidden thing."""
     folder = tmp_path / "code"

@@ -37,8 +37,8 @@ from lorax.tensorfile import DIMENSIONS, HEADER_BYTES, NAME_CHARACTERS, NUMBERS,
 from reliability import seeds
 from reliability.mutations import build
 from reliability.readers import Tally
+from tests.commands import FORBIDDEN, ROOT, RUN
 
-ROOT = Path(__file__).parents[1]
 UP, DOWN = f"lora_unet_{seeds.QUERY}.lora_up.weight", f"lora_unet_{seeds.QUERY}.lora_down.weight"
 # What a name may try: colours, a cursor that moves, a bell, a new line, text that runs backwards, markup, HTML, a path.
 EVIL = "\x1b[31m\x1b[2J\x07\r\n\u202e\x9b[bold]<img src=x onerror=alert(1)>/../../etc/passwd"
@@ -404,24 +404,6 @@ def test_nothing_in_a_name_reaches_the_screen(evil, tmp_path):
             assert image.width > 100
 
 
-# Runs commands in one process; whoever fails to end as told says so.
-RUN = """
-import json, logging, sys
-from lorax import cli
-logging.basicConfig(stream=sys.stderr)
-for status, words in json.loads(sys.argv[1]):
-    sys.argv = ["lorax", *words]
-    print("=== ", flush=True)
-    try:
-        cli.main()
-        left = 0
-    except SystemExit as end:
-        left = end.code or 0
-    sys.stderr.flush()
-    assert left == status, (words[0], left, status)
-"""
-
-
 def test_pictures_of_names_that_try_things(evil):
     source, target = (open_base(evil / f"{i}.safetensors") for i in range(2))
     adapter = load_adapter(evil / "a.safetensors", source)
@@ -552,23 +534,6 @@ def test_json_from_outside():
 
 
 # ------------------------------------------------------------------------------------------------- what is never done
-
-FORBIDDEN = """
-import sys
-FORBIDDEN = ("socket.", "pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork",
-             "urllib.Request", "http.client", "ftplib", "smtplib", "webbrowser", "marshal.load")
-import torch, numpy, PIL.Image, rich, typer  # what they do when they are imported is theirs
-listening = True
-def told(event, arguments):
-    if listening and event.startswith(FORBIDDEN) and not (event.startswith("marshal") and by_import()):
-        import os
-        os.write(2, f"FORBIDDEN: {event} {arguments!r}"[:500].encode())
-        os._exit(99)
-def by_import():
-    frame = sys._getframe(2)
-    return "importlib" in frame.f_code.co_filename
-sys.addaudithook(told)
-"""
 
 
 @pytest.mark.slow

@@ -5,7 +5,10 @@ import math
 
 import pytest
 import torch
-from scipy import stats
+
+diffusers = pytest.importorskip("diffusers")
+matplotlib = pytest.importorskip("matplotlib")
+stats = pytest.importorskip("scipy.stats")
 
 from lab import RESULTS, ideas
 from lab.applied import changed, dense

@@ -8,17 +8,7 @@ from hypothesis import strategies as st
 
 from lorax import OptionError
 from lorax.linalg import all_finite, decompose, gram, leading_subspace, norm, polar, recompress, refactor
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def with_spectrum(m, n, values, seed=0):
-    p = len(values)
-    U, V = (torch.linalg.qr(randn(size, p, seed=seed + i))[0] for i, size in enumerate((m, n)))
-    return (U * torch.as_tensor(values, dtype=torch.float64)) @ V.T
-
+from tests.naive import randn, with_spectrum
 
 CASES = {
     "wide": with_spectrum(40, 90, [i**-0.5 for i in range(1, 41)]),

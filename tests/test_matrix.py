@@ -9,7 +9,6 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import cache
 
-import diffusers.loaders.single_file_utils as single_file
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,7 +19,7 @@ from lorax.base import loaded_base
 from lorax.families import Family, families
 from lorax.layers import flatten
 from lorax.unet import diffusers_to_ldm
-from tests.test_tables import MODELS, SWAPPED, Checkpoint, original_shapes, shapes_of
+from tests.models import MODELS, SWAPPED, Checkpoint, original_shapes, shapes_of
 
 RANK, ALPHA = 2, 1.0
 NARROW = {"num_attention_heads": 1}
@@ -95,6 +94,7 @@ def rows_of(entry, family, shapes):
         told = shapes.keys() - SWAPPED.get(entry, set())  # as with converters: no halves that change places
         parts = [(layer, originals[layer.original][0]) for layer in family.layers(originals) if layer.path in told]
         return {layer.path: (layer.original, *(x / m for x in layer.rows or (0, m))) for layer, m in parts}
+    single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     spelled = original_shapes(family, shapes, aliases=entry == "hunyuan_video")  # in the same order
     prefix = "net." if family.name == "anima" else ""
     codes = {

@@ -24,9 +24,9 @@ from lorax.migration.local import fitting_workers, largest_of_each
 from lorax.migration.run import Summary, _tells_case
 from lorax.migration.work import Record, move, opened
 from reliability import seeds
+from tests.commands import error_of
 from tests.conftest import small_base
 from tests.library import BROKEN, contents, words
-from tests.test_cli import error_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -112,6 +112,7 @@ def test_resume_does_only_what_is_missing_or_changed(tasks, library, tmp_path):
     assert sum(record.status == "done" for record in again.records) == len(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 500])
 def test_a_journal_that_was_cut_short(tasks, tmp_path, expected, cut):
     out = tmp_path / "out"
@@ -195,6 +196,7 @@ def test_a_journal_of_anything_gives_sound_records_only(tmp_path, lines, sound):
     assert not sound or journal.records["a"] == known
 
 
+@pytest.mark.slow
 def test_command_line(run, library, bases, tmp_path):
     out, err = run(*words(library, bases, tmp_path / "out", "--report", str(tmp_path / "r.json"))[3:], status=1)
     assert "5 done, 0 kept, 3 failed of 8" in out

@@ -70,6 +70,7 @@ def workers_of(process, seconds):
                 yield child
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing(library, bases, tmp_path, expected):
     out = tmp_path / "out"
     process = subprocess.Popen(words(library, bases, out), stderr=subprocess.PIPE)
@@ -104,6 +105,7 @@ def test_what_kills_its_process_is_told_from_what_ran_beside_it(tmp_path, monkey
     assert (found, left) == (["good"], ["poison"])
 
 
+@pytest.mark.slow
 def test_a_worker_killed_between_two_adapters_costs_nothing(tasks, tmp_path, expected):
     """The pool is broken when the next adapter is handed to it."""
     threads = set(threading.enumerate())
@@ -131,6 +133,7 @@ def test_one_process_at_a_time(library, bases, tasks, tmp_path):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_full_disk(library, bases, tmp_path, expected):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))

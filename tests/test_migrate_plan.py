@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lorax import FormatError, LoraxError, OutputError
 from lorax.migration import Options, migrate, plan_folder, plan_manifest
 from lorax.migration.journal import JOURNAL
+from tests.commands import error_of
 from tests.library import BROKEN, contents
-from tests.test_cli import error_of
 
 
 @pytest.fixture

@@ -36,5 +36,6 @@ def test_mutated_files(tmp_path):
         tally.check()
 
 
+@pytest.mark.slow
 def test_memory_stays_as_it_is(tmp_path):
     assert soak(TRANSFERS, tmp_path)["bytes_per_transfer"] * 1000 < GROWTH_BYTES

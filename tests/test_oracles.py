@@ -4,15 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from demo.synthetic import base_tensors
 from lorax import load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.families import families
 from tests.conftest import lora_tensors, small_base, small_family
+
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SD1 = {"cross_attention_dim": 768}
@@ -39,7 +40,7 @@ SMALL_XL = SDXL | {"block_out_channels": (32, 64, 64), "transformer_layers_per_b
 
 def unet_of(config, device="cpu"):
     with torch.device(device):
-        return UNet2DConditionModel(**config)
+        return diffusers.UNet2DConditionModel(**config)
 
 
 @pytest.mark.parametrize(("family", "config"), [("sd1", SD1), ("sdxl", SDXL)])
@@ -57,11 +58,11 @@ def test_names_and_shapes_of_full_size_models(family, config):
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_names_of_text_encoders(family):
     for encoder in families()[family].text_encoders:
-        config = CLIPTextConfig(
+        config = transformers.CLIPTextConfig(
             hidden_size=encoder.width, num_hidden_layers=encoder.depth, intermediate_size=4 * encoder.width
         )
         with torch.device("meta"):
-            model = CLIPTextModel(config)
+            model = transformers.CLIPTextModel(config)
         linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         # transformers 5 dropped the outer `text_model.`; files keep it. The order is that of the indexed format.
         found = {
@@ -126,7 +127,7 @@ def test_diffusers_applies_the_transferred_update(tmp_path, bases, lora_file, na
     save_adapter(result, tmp_path / "a.safetensors", naming=naming)
     unet = unet_of(SMALL)
     before = weights(unet)
-    state, alphas, *_ = StableDiffusionPipeline.lora_state_dict(
+    state, alphas, *_ = diffusers.StableDiffusionPipeline.lora_state_dict(
         str(tmp_path / "a.safetensors"), unet_config=unet.config
     )
     unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas)
@@ -161,7 +162,7 @@ def test_diffusers_reads_kohyas_sdxl_spelling(tmp_path):
     only = type(adapter)("a", adapter.family, "kohya", kept)
     save_adapter(only, tmp_path / "attention.safetensors", naming="kohya")
     path = str(tmp_path / "attention.safetensors")
-    state, alphas, *_ = StableDiffusionXLPipeline.lora_state_dict(path, unet_config=unet.config)
+    state, alphas, *_ = diffusers.StableDiffusionXLPipeline.lora_state_dict(path, unet_config=unet.config)
     before = weights(unet)
     unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas)
     unet.fuse_lora()
@@ -176,15 +177,18 @@ def test_peft_applies_the_transferred_update(tmp_path, bases, lora_file):
     result, _ = transfer_adapter(load_adapter(lora_file, bases[0]), *bases, method="project", rank=24)
     save_adapter(result, tmp_path / "a.safetensors", naming="diffusers")
     state = load_file(tmp_path / "a.safetensors")
-    config = CLIPTextConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=256, num_attention_heads=4)
-    for component, model in (("unet", unet_of(SMALL)), ("text_encoder", CLIPTextModel(config))):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4}
+    for component, model in (
+        ("unet", unet_of(SMALL)),
+        ("text_encoder", transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))),
+    ):
         prefix = f"{component}."
         inner = "" if component == "unet" or hasattr(model, "text_model") else "text_model."
         part = {k.removeprefix(prefix + inner): v for k, v in state.items() if k.startswith(prefix)}
         before = weights(model)
         targets = sorted({key.rpartition(".lora_")[0] for key in part})
-        wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules=targets))
-        outcome = set_peft_model_state_dict(wrapped, {f"base_model.model.{k}": v for k, v in part.items()})
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets))
+        outcome = peft.set_peft_model_state_dict(wrapped, {f"base_model.model.{k}": v for k, v in part.items()})
         assert not outcome.unexpected_keys
         merged = wrapped.merge_and_unload()
         for path, change in updates(merged, before).items():
@@ -195,8 +199,8 @@ def test_peft_applies_the_transferred_update(tmp_path, bases, lora_file):
 
 def test_peft_writes_what_we_read(tmp_path):
     model = unet_of(SMALL)
-    wrapped = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=10, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=10, target_modules=["to_q", "to_v"], init_lora_weights=False)
     )
     wrapped.save_pretrained(tmp_path)
     base = small_base(tmp_path / "base.safetensors", text=False)

@@ -11,9 +11,8 @@ from lorax.matching import match_bases
 from lorax.page import page
 from lorax.view import similarity_view
 from tests.chromium import chromium, overlaps, picture, watched
-from tests.conftest import small_base
-from tests.test_transfer import SCHEMA
-from tests.test_view import layout
+from tests.conftest import REPORT_SCHEMA, small_base
+from tests.scored import layout
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_transfer_as_a_page(run, show, bases, lora_file, tmp_path):
     words += ["--output", tmp_path / "out.safetensors", "--threshold", "0.985", "--report", tmp_path / "r.json"]
     run(*words, "--html", tmp_path / "page.html")
     report = json.loads((tmp_path / "r.json").read_text())
-    jsonschema.validate(report, SCHEMA)
+    jsonschema.validate(report, REPORT_SCHEMA)
     opened = show(
         (tmp_path / "page.html").read_text(encoding="utf-8"), permissions=["clipboard-read", "clipboard-write"]
     )

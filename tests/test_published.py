@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from demo.synthetic import base_tensors
@@ -75,12 +74,13 @@ def dense(own):
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 def test_the_result_loads_in_diffusers(full_size, published, tmp_path, naming):
-    model = unet()
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DConditionModel(cross_attention_dim=768)
     for path in published:
         result, _ = transfer_adapter(load_adapter(path, full_size[0]), *full_size)
         save_adapter(result, tmp_path / "out.safetensors", naming=naming, dtype=torch.float32)
         file = str(tmp_path / "out.safetensors")
-        state, alphas, *_ = StableDiffusionPipeline.lora_state_dict(file, unet_config=model.config)
+        state, alphas, *_ = diffusers.StableDiffusionPipeline.lora_state_dict(file, unet_config=model.config)
         model.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=path.stem.replace(".", "_"))
         layers = {name: own for name, own in result.layers.items() if own.layer.component == "unet"}
         wrapped = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
@@ -88,7 +88,3 @@ def test_the_result_loads_in_diffusers(full_size, published, tmp_path, naming):
         for name, module in wrapped.items():
             delta = module.get_delta_weight(path.stem.replace(".", "_"))
             torch.testing.assert_close(delta, layers[f"unet.{name}"].delta_weight(), rtol=1e-4, atol=1e-6)
-
-
-def unet():
-    return UNet2DConditionModel(cross_attention_dim=768)

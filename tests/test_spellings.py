@@ -3,7 +3,6 @@
 import re
 from functools import cache
 
-import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,7 @@ CLIP = "encoder.layers.3.self_attn.q_proj"
 @cache
 def flux():
     """A narrow FLUX.1 of two blocks of each kind, without numbers."""
+    diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(
             num_layers=2, num_single_layers=2, num_attention_heads=2, attention_head_dim=32, joint_attention_dim=96,
@@ -207,6 +207,7 @@ def halves_swapped(update):
 
 
 def narrow_flux(seed=0):
+    diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(seed)
     return diffusers.FluxTransformer2DModel(
         num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=32, joint_attention_dim=96,
@@ -280,9 +281,8 @@ def test_diffusers_reads_what_is_written_for_kohya_as_what_is_written_for_it(tmp
         tensors |= pair(f"transformer.{path}", *layer.shape, style="peft")[0]
     adapter = read(tmp_path, tensors, flux())
     save_adapter(adapter, tmp_path / "kohya.safetensors", naming="kohya")
-    converted = diffusers.loaders.lora_conversion_utils._convert_kohya_flux_lora_to_diffusers(
-        load_file(tmp_path / "kohya.safetensors")
-    )
+    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    converted = conversion._convert_kohya_flux_lora_to_diffusers(load_file(tmp_path / "kohya.safetensors"))
     # For the last layers it leaves out `transformer.`.
     converted = {key.removeprefix("transformer."): value for key, value in converted.items()}
     assert converted.keys() == {key.removeprefix("transformer.") for key in tensors}

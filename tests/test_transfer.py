@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -30,9 +29,7 @@ from lorax.families import UNKNOWN, families
 from lorax.report import similarity_json
 from lorax.scores import Score, ScoreTable
 from lorax.similarity import compare_bases
-from tests.conftest import lora_tensors, small_base
-
-SCHEMA = json.loads((Path(lorax.__file__).parent / "report.schema.json").read_text())
+from tests.conftest import REPORT_SCHEMA, lora_tensors, small_base
 
 
 @pytest.fixture
@@ -356,7 +353,7 @@ def test_an_update_of_zero(bases, tmp_path):
     result, report = transfer_adapter(adapter, *bases, method="project", rank=8)
     assert math.isnan(report.retained_energy)
     assert all(not own.delta_weight().any() for own in result.layers.values())
-    jsonschema.validate(report.to_json(), SCHEMA)
+    jsonschema.validate(report.to_json(), REPORT_SCHEMA)
 
 
 def test_alpha_zero_stays_zero(bases, tmp_path):
@@ -367,15 +364,15 @@ def test_alpha_zero_stays_zero(bases, tmp_path):
 
 
 def test_reports_are_valid_json_by_the_schema(bases, lora):
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.Draft202012Validator.check_schema(REPORT_SCHEMA)
     _, report = transfer_adapter(lora, *bases, method="project", rank=8)
     for data in (report.to_json(), similarity_json(compare_bases(*bases, attention_only=False))):
         text = json.dumps(data, allow_nan=False)
-        jsonschema.validate(json.loads(text), SCHEMA)
+        jsonschema.validate(json.loads(text), REPORT_SCHEMA)
     broken = report.to_json()
     broken["rows"][0]["outcome"] = "vanished"
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(broken, SCHEMA)
+        jsonschema.validate(broken, REPORT_SCHEMA)
 
 
 def test_convert_to_lora_x_is_the_closest_one(bases, lora):

@@ -3,20 +3,17 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import lorax
 from lorax import LayerTable, MismatchError, Outcome, load_adapter, transfer_adapter
 from lorax.convert import convert_to_lora_x
 from lorax.matching import match_bases
-from tests.conftest import lora_tensors
+from tests.conftest import REPORT_SCHEMA, lora_tensors
 
-SCHEMA = json.loads((Path(lorax.__file__).parent / "report.schema.json").read_text())
 MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -63,7 +60,7 @@ def test_an_update_that_cannot_be_read_is_a_layer_that_does_not_arrive(broken, b
     assert f"1 of {layers} layers get no update: 1 not readable" in report.warnings
     with pytest.raises(MismatchError, match=r"strict.*not readable"):
         transfer_adapter(adapter, *bases, method="copy", strict=True)
-    jsonschema.validate(json.loads(json.dumps(report.to_json(), allow_nan=False)), SCHEMA)
+    jsonschema.validate(json.loads(json.dumps(report.to_json(), allow_nan=False)), REPORT_SCHEMA)
 
 
 def test_what_is_no_update_of_a_layer_is_told_and_counts_as_none(bases, tmp_path):
@@ -111,7 +108,7 @@ def test_no_strength_is_suggested_where_layers_are_missing(bases, tmp_path):
     assert report.summary.endswith("no strength is suggested, as layers are missing")
     assert [text for text in report.warnings if "weak effect" in text]
     assert not any("strength" in text for text in report.warnings)
-    jsonschema.validate(report.to_json(), SCHEMA)
+    jsonschema.validate(report.to_json(), REPORT_SCHEMA)
 
 
 def test_only_what_orthogonal_left_out_is_said_to_be_left_out(bases, tmp_path):

@@ -17,29 +17,13 @@ from lorax.report import ARRIVED
 from lorax.scores import ScoreTable
 from lorax.similarity import KindSimilarity, Similarity
 from lorax.view import LOWEST, MOST_CELLS, STEP, similarity_view
+from tests.scored import layout
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "lorax/view.schema.json").read_text())
 
 
 def names(table):
     return [f"{table['blocks'][block]}.{table['roles'][role]}" for block, role, _ in table["layers"]]
-
-
-def layout(blocks, kinds=8):
-    """A similarity of two bases that have no weights: as many transformer blocks as SDXL, and random scores."""
-    generator = np.random.default_rng(0)
-    names = [f"attn{1 + i // 4}.to_{'qkvo'[i % 4]}" for i in range(kinds)]
-    layers = {
-        name: [Layer(f"unet.mid_block.attentions.0.transformer_blocks.{i}.{name}", (1280, 1280)) for i in range(blocks)]
-        for name in names
-    }
-    found = []
-    for name in names:
-        phi = generator.uniform(0.4, 1, (2, blocks, blocks))
-        sides = [ScoreTable(side, np.full_like(side, 0.5)) for side in phi]
-        found.append(KindSimilarity(f"unet:{name}", layers[name], layers[name], *sides))
-    base = SimpleNamespace(layers={layer.name: layer for kind in layers.values() for layer in kind})
-    return Similarity("a", "b", None, ("", ""), found), base
 
 
 @pytest.mark.parametrize("attention_only", [True, False])

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FluxFillPipeline
 
 from lorax import Base, Layer, LayerTable, Outcome, transfer_adapter
 from lorax.adapters import Adapter, DiffLayer, LoraXLayer, expand
 from lorax.families import families
-from tests.test_transfer_numbers import moved_naively, random, updates
+from tests.naive import moved_naively, random, updates
 
 # family, name, outputs, channels of the model and of those made of it, kernel
 MADE = [
@@ -163,11 +162,10 @@ def test_another_width_is_none_of_them(other):
 
 def test_the_patches_of_flux_begin_with_the_channels_of_the_latent():
     """By diffusers: what its Fill model reads, 16 channels of latent and then others."""
+    pipeline = pytest.importorskip("diffusers").FluxFillPipeline
     numbered = torch.arange(96.0).reshape(1, 96, 1, 1).expand(1, 96, 4, 4)
-    apart = [
-        FluxFillPipeline._pack_latents(part, 1, part.shape[1], 4, 4) for part in (numbered[:, :16], numbered[:, 16:])
-    ]
-    together = FluxFillPipeline._pack_latents(numbered, 1, 96, 4, 4)  # as ComfyUI joins them
+    apart = [pipeline._pack_latents(part, 1, part.shape[1], 4, 4) for part in (numbered[:, :16], numbered[:, 16:])]
+    together = pipeline._pack_latents(numbered, 1, 96, 4, 4)  # as ComfyUI joins them
     for columns in (torch.cat(apart, 2), together):
         assert columns.shape[2] == 384
         assert (columns[0, 0, :64] < 16).all()

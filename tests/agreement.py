@@ -1,0 +1,28 @@
+"""How far updates are from those of another formula or program.
+
+`LORAX_FIGURES=file.json` writes the largest relative difference of each kind to each oracle.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+FIGURES: dict[str, float] = {}
+
+
+def agree(oracle, ours, theirs, limit=1e-5):
+    """Compare two updates, and keep the largest difference."""
+    theirs = theirs.double().reshape(ours.shape)
+    difference = float((ours.double() - theirs).norm() / theirs.norm())
+    FIGURES[oracle] = max(FIGURES.get(oracle, 0.0), difference)
+    if path := os.environ.get("LORAX_FIGURES"):
+        kept = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        Path(path).write_text(json.dumps(dict(sorted((kept | FIGURES).items())), indent=1) + "\n")
+    assert difference < limit, oracle
+    assert float(theirs.norm()) > 1e-3, "the oracle did nothing"
+
+
+def random(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 31 * len(shape)))

@@ -1,0 +1,102 @@
+"""Weights, updates of each kind of them, and what each method makes of those, naively in float64."""
+
+import math
+
+import torch
+
+from lorax import Base, Layer, LayerTable
+from lorax.adapters import (
+    DiffLayer,
+    FouraLayer,
+    GloraLayer,
+    LohaLayer,
+    LokrLayer,
+    LoraLayer,
+    LoraXLayer,
+    OftLayer,
+)
+from lorax.families import UNKNOWN
+
+NAME = "transformer.blocks.0.attn.to_q"
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_spectrum(m, n, values, seed=0):
+    p = len(values)
+    U, V = (torch.linalg.qr(randn(size, p, seed=seed + i))[0] for i, size in enumerate((m, n)))
+    return (U * torch.as_tensor(values, dtype=torch.float64)) @ V.T
+
+
+def one_layer(name, weight):
+    """A base of one layer."""
+    return Base(name, UNKNOWN, LayerTable([Layer(NAME, tuple(weight.shape))]), lambda _: weight)
+
+
+def random(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def updates(shape, k, alpha, seed, source):
+    """An update of each kind of a weight of this shape."""
+    layer, m, n = Layer(NAME, shape), shape[0], math.prod(shape[1:])
+    up, down, gate = random(seed, m, k), random(seed + 1, k, n), random(seed + 2, k)
+    found = {
+        "lora": LoraLayer(layer, up, down, alpha),
+        "foura": FouraLayer(layer, up, down, gate, alpha),
+        "loha": LohaLayer(layer, up, down, random(seed + 3, m, k), random(seed + 4, k, n), alpha),
+        "lokr": LokrLayer.read(layer, {"lokr_w1": random(seed, 1, 1), "lokr_w2": random(seed, *shape)}),
+        "diff": DiffLayer(layer, random(seed, *shape)),
+        "oft": OftLayer(layer, 0.3 * random(seed, 1, m, m)),
+        "glora": GloraLayer(
+            layer, random(seed, shape[1], k), random(seed, k, shape[1]), up, down.reshape(k, *shape[1:]), alpha
+        ),
+    }
+    if len(shape) > 2:
+        mid, inner = random(seed, k, k, *shape[2:]), random(seed, k, shape[1])
+        found["lora cp"] = LoraLayer(layer, up, inner, alpha, lora_mid=mid)
+    directions = len(triplets(source, min(m, n))[1])
+    if directions:
+        base = one_layer("s", source)
+        found["lora-x"] = LoraXLayer(layer, random(seed, min(k, directions)), base.fingerprint(NAME))
+    return found
+
+
+def triplets(weight, rank):
+    U, S, Vh = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
+    keep = min(rank, int((1e-6 * S[0] < S).sum()))
+    sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # `index` depends on it where one side is resized
+    return (U * sign)[:, :keep], S[:keep], (Vh * sign.T)[:keep]
+
+
+def polar(X):
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    return U @ Vh
+
+
+def moved_naively(method, dW, A, source, target, rank):
+    """The formulas of `lorax.methods`, as they stand there."""
+    (U_s, _, V_s), (U_t, _, V_t) = triplets(source, rank), triplets(target, rank)
+    W_s, W_t = source.double().flatten(1), target.double().flatten(1)
+    left, right = W_s.shape[0] == W_t.shape[0], W_s.shape[1] == W_t.shape[1]
+    P_t, Q_t, r = U_t @ U_t.T, V_t.T @ V_t, min(len(V_s), len(V_t))
+    if method == "copy":
+        return dW
+    if method == "project":
+        return P_t @ dW @ Q_t
+    if method == "orthogonal":
+        F = (W_t - W_s) @ torch.linalg.pinv(A, rtol=1e-6) @ A
+        along = (dW * F).sum()
+        return dW - along / F.square().sum() * F if along > 0 else dW
+    if method == "subspace-null":
+        P_s, Q_s = U_s @ U_s.T, V_s.T @ V_s
+        one, too = torch.eye(len(P_s)).double(), torch.eye(len(Q_s)).double()
+        return P_t @ P_s @ dW @ Q_s @ Q_t + (one - P_t) @ (one - P_s) @ dW @ (too - Q_s) @ (too - Q_t)
+    L = P_t if left else U_t[:, :r] @ U_s[:, :r].T
+    R = Q_t if right else V_s[:r].T @ V_t[:r]
+    if method == "align" and left != right:
+        L = P_t if left else U_t[:, :r] @ polar(V_s[:r] @ V_t[:r].T).T @ U_s[:, :r].T
+        R = Q_t if right else V_s[:r].T @ polar(U_s[:, :r].T @ U_t[:, :r]) @ V_t[:r]
+    return L @ dW @ R
