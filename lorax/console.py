@@ -14,7 +14,7 @@ from rich.text import Text
 
 from .errors import printable
 from .layers import Layer
-from .progress import Progress
+from .progress import Progress, silent
 
 if TYPE_CHECKING:
     from .migration import Summary
@@ -132,7 +132,10 @@ def png(result: "Similarity | TransferReport") -> bytes:
 @contextmanager
 def bar(what: str) -> Generator[Progress]:
     """Show progress while the block runs, where there is a terminal; yields what `progress` arguments take."""
+    if not tell.is_terminal:
+        yield silent
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=tell, transient=True, disable=not tell.is_terminal) as shown:
+    with Bar(*columns, console=tell, transient=True) as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, total, _: shown.update(task, completed=done, total=total)

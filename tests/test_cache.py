@@ -65,6 +65,7 @@ def unreadable(base):
     return replace(base, read=read, digests={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("form", ["lora", "lora-x"])
 @pytest.mark.parametrize("method", ["copy", "project", "index", "align", "subspace-null"])
@@ -249,6 +250,7 @@ def test_several_processes_use_one_cache(bases, lora_file, tmp_path):
     assert Cache(tmp_path / "cache", 2**30).verify().damaged == []
 
 
+@pytest.mark.slow
 def test_full_disk_costs_the_cache_only(bases, lora_file, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))

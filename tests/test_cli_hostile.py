@@ -117,6 +117,7 @@ def test_what_cannot_be_is_said_in_one_line(here, words, place, values, monkeypa
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
 @pytest.mark.parametrize("name", ODD)
 def test_odd_names_on_any_console(here, name, encoding, monkeypatch):
@@ -160,6 +161,7 @@ def lorax(*words, **options):
 @pytest.mark.parametrize(
     "words", [["--version"], ["--help"], ["inspect", "0.safetensors"], ["cache", "--help"]], ids=str
 )
+@pytest.mark.slow
 def test_a_full_device_is_no_place_to_print(here, words):
     with open("/dev/full", "w") as full:
         done = lorax(*words, stdout=full, stderr=subprocess.PIPE, text=True)

@@ -37,6 +37,8 @@ from tests.conftest import small_base
 from tests.naive import with_spectrum
 from tests.trainable import data, made
 
+pytestmark = pytest.mark.slow  # each computes twice
+
 CPU = Engine()
 # CUDA's products of float32 may round as those of float16 do (TF32); the other device rounds as float32 does.
 TOLERANCE = {"cuda": 1e-3, single.NAME: 2e-5}

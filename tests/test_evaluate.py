@@ -16,6 +16,8 @@ from lorax import FileError, FormatError, MismatchError, OptionError
 from lorax.evaluate import evaluate
 from tests.commands import FORBIDDEN, ROOT, RUN
 
+pytestmark = pytest.mark.slow  # each loads models
+
 lpips = pytest.importorskip("lpips")
 torchvision = pytest.importorskip("torchvision")
 transformers = pytest.importorskip("transformers")
@@ -195,7 +197,6 @@ def test_a_configuration_that_is_none(pictures, weights, tmp_path, kind, text):
             evaluate(pictures[0], **{kind: folder}, reference=pictures[1])
 
 
-@pytest.mark.slow
 def test_no_network_no_pickle_no_other_program_and_no_code_of_a_folder(pictures, weights, tmp_path):
     """The command under a hook of the interpreter that ends it at the first forbidden thing."""
     folder = tmp_path / "code"

@@ -16,6 +16,8 @@ from lorax.output import check_output, write_bytes
 from reliability import seeds
 from reliability.faults import in_child, killed
 
+pytestmark = pytest.mark.slow  # each fails at every step of a write
+
 OLD, NEW = b"old" * 1000, b"new!" * 5000
 
 
@@ -119,7 +121,6 @@ def run(words):
     return main
 
 
-@pytest.mark.slow
 def test_a_whole_transfer_with_all_its_outputs(tmp_path, work):
     out = tmp_path / "out"
     more = [
@@ -228,7 +229,6 @@ def test_the_longest_names(tmp_path, work):
     assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
-@pytest.mark.slow
 def test_the_tool_on_the_command_line(tmp_path, work):
     words = [sys.executable, "-m", "reliability.faults", "0", *command(work, tmp_path)[1:]]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -240,7 +240,6 @@ def test_the_tool_on_the_command_line(tmp_path, work):
     assert finals(tmp_path) == {}
 
 
-@pytest.mark.slow
 def test_two_processes_on_one_output(tmp_path, work):
     """Whoever is last wins; the file is always whole."""
     started = [

@@ -144,6 +144,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a file that is open cannot be cut there")
 def test_a_file_that_is_cut_while_it_is_opened_does_not_end_the_process(work):
     path = work / "a.safetensors"

@@ -69,7 +69,7 @@ def test_what_is_in_a_result_and_its_record(tasks, tmp_path):
 @pytest.mark.slow
 def test_relative_paths_mean_the_same_on_ray(library, tmp_path, monkeypatch):
     """On a cluster that was started in another folder."""
-    import ray
+    ray = pytest.importorskip("ray")
 
     def told(summary):
         return [replace(record, seconds=[]) for record in summary.records]
@@ -145,6 +145,7 @@ def test_an_empty_journal_is_no_migration(tasks, tmp_path):
     Journal(tmp_path, resume=False).close()
 
 
+@pytest.mark.slow
 def test_ray_that_is_missing_is_named_before_anything_is_made(library, bases, tmp_path):
     """In a Python that has every package but Ray."""
     packages = tmp_path / "packages"
@@ -326,6 +327,7 @@ def test_a_closed_folder_has_a_row(small):
     assert [record.name for record in done(small) if "Permission denied" in record.error] == ["closed"]
 
 
+@pytest.mark.slow
 def test_adapters_below_more_folders_than_calls_can_be(small, deep):
     shutil.copy(small / "loras" / "x" / "adapter_model.safetensors", deep(small / "loras") / "a.safetensors")
     assert [record.error for record in done(small)] == ["", ""]
@@ -351,6 +353,7 @@ def test_a_journal_that_is_no_file_is_refused(small, name, kind):
     assert [entry.name for entry in path.parent.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_names_that_differ_in_case_only(small, monkeypatch):
     """On a disk that does not tell case, made by what such a disk says of the journal: one result, and a row."""
     names = ["a", "A", "B\N{LATIN SMALL LETTER E WITH ACUTE}", "be\N{COMBINING ACUTE ACCENT}"]

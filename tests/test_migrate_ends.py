@@ -26,10 +26,10 @@ from lorax.migration.local import _in_pool
 from reliability import seeds
 from tests.library import BROKEN, COMMAND, contents, words
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+# Each starts processes of its own, and ends some.
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("files", [1, 3])
 def test_killed_and_resumed(library, bases, tmp_path, expected, files):
     """SIGKILL of the whole process group once so many results are there."""
@@ -70,7 +70,6 @@ def workers_of(process, seconds):
                 yield child
 
 
-@pytest.mark.slow
 def test_a_killed_worker_costs_nothing(library, bases, tmp_path, expected):
     out = tmp_path / "out"
     process = subprocess.Popen(words(library, bases, out), stderr=subprocess.PIPE)
@@ -105,7 +104,6 @@ def test_what_kills_its_process_is_told_from_what_ran_beside_it(tmp_path, monkey
     assert (found, left) == (["good"], ["poison"])
 
 
-@pytest.mark.slow
 def test_a_worker_killed_between_two_adapters_costs_nothing(tasks, tmp_path, expected):
     """The pool is broken when the next adapter is handed to it."""
     threads = set(threading.enumerate())
@@ -133,7 +131,6 @@ def test_one_process_at_a_time(library, bases, tasks, tmp_path):
     process.communicate()
 
 
-@pytest.mark.slow
 def test_full_disk(library, bases, tmp_path, expected):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
@@ -310,7 +307,6 @@ def test_a_fork_of_the_program_keeps_no_worker_alive(many, tmp_path):
         process.communicate(timeout=60)
 
 
-@pytest.mark.slow
 def test_what_ends_the_command_ends_its_cluster(many, tmp_path):
     process, children = started([*many, "--engine", "ray"], tmp_path / "out" / JOURNAL)
     process.terminate()

@@ -53,6 +53,7 @@ def test_the_report_is_none_of_the_results(run, own, name):
     assert not list((own / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_a_base_that_leads_in_a_circle(run, own):
     (own / "base").symlink_to(own / "base")
     words = ["migrate", own / "loras", "--source", own / "base", "--target", own / "pipe", "-o", own / "out"]
@@ -86,6 +87,7 @@ def test_neither_a_result_nor_the_journal_replaces_the_manifest(run, own, name):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_no_output_through_a_link(tasks, tmp_path):
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     out.mkdir()
@@ -105,6 +107,7 @@ def manifest(folder: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_manifest_of_several_targets(library, bases, tmp_path):
     source, target = bases[0].files[0], bases[1].files[0]
     path = manifest(

@@ -14,6 +14,8 @@ from tests.chromium import chromium, overlaps, picture, watched
 from tests.conftest import REPORT_SCHEMA, small_base
 from tests.scored import layout
 
+pytestmark = pytest.mark.slow  # each opens a page in a browser
+
 
 @pytest.fixture(scope="module")
 def browser():

@@ -15,6 +15,8 @@ from demo.synthetic import base_tensors
 from lorax import Cache, Engine, Outcome, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.families import families
 
+pytestmark = pytest.mark.slow  # bases of full size are made
+
 
 @pytest.fixture(scope="module", autouse=True)
 def all_threads():

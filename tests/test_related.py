@@ -13,6 +13,10 @@ from lab.related import download, namesakes, pruned
 from lorax import compare_bases, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.matching import match_bases
 
+pytestmark = pytest.mark.slow  # two models are downloaded
+
+pytest.importorskip("onnx")
+
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):

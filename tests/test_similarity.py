@@ -92,6 +92,7 @@ def test_no_score_where_there_is_none():
     assert math.isnan(Score(1.0, 1.0).corrected)
 
 
+@pytest.mark.slow
 def test_all_pairs_of_two_bases(bases, monkeypatch):
     source, target = bases
     whole = compare_bases(source, target, attention_only=False)

@@ -389,6 +389,8 @@ MARKUP = (
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_names_from_a_file_are_shown_as_they_are_and_nothing_is_fetched(host, browser, vue):
     """The text on a running node, which one canvas takes for HTML and the other for Markdown; and an error."""
+    if vue:
+        vue_nodes(host)
     lora = {f"lora_unet_x.lora_{side}.weight": torch.ones(2, 2) for side in ("up", "down")}
     save_file({MARKUP: torch.ones(1)} | lora, host.base / "models/loras/markup.safetensors")
     (host.base / "models/loras/wrong.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0" + MARKUP.encode())
