@@ -84,6 +84,7 @@ def model(request):
     return request.param, model_of(request.param)
 
 
+@pytest.mark.slow
 def test_a_model_of_diffusers_opens_as_a_file_a_folder_and_shards(model, tmp_path):
     name, model = model
     part = "unet" if name in UNETS else "transformer"
@@ -131,6 +132,7 @@ AROUND += ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "m
 AROUND += ["module.model.diffusion_model.", "model.diffusion_model.module.", "network.", "pipe.dit."]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, indirect=True)
 def test_a_model_in_its_original_naming_opens_whatever_is_around_it(model, tmp_path):
     name, model = model

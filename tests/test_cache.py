@@ -117,6 +117,7 @@ def test_fast_takes_what_is_exact_and_exact_not_what_is_fast(tmp_path, cache):
     assert torch.equal(fast.triplets(base, name, 50).U, decompose(weight, 50).U)
 
 
+@pytest.mark.slow
 def test_a_file_with_other_weights_under_the_same_name(tmp_path, lora_file, cache):
     target = small_base(tmp_path / "target.safetensors", change=0.2)
     source = small_base(tmp_path / "source.safetensors")
@@ -414,6 +415,7 @@ def test_what_is_no_entry(cache, run, monkeypatch, make):
         assert cache.clear() == 2
 
 
+@pytest.mark.slow
 def test_a_look_at_it_while_another_process_lets_go_of_entries(cache):
     words = WRITE.replace("2**30", "3_000_000")
     writer = subprocess.Popen([sys.executable, "-c", words, cache.folder], stdout=subprocess.PIPE)

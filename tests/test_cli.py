@@ -296,6 +296,7 @@ assert "torch" not in sys.modules
     assert done.stdout
 
 
+@pytest.mark.slow
 def test_the_cache_is_used_shown_checked_and_cleared(run, words, bases, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("LORAX_CACHE", str(folder))

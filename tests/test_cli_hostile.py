@@ -103,6 +103,7 @@ def ended(words, monkeypatch, encoding="utf-8"):
     return status, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "place", "values"), CASES, ids=lambda case: str(case)[:40])
 def test_what_cannot_be_is_said_in_one_line(here, words, place, values, monkeypatch):
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}

@@ -69,6 +69,7 @@ def test_a_folder_that_cannot_be_read_is_told_where_a_pattern_leads_into_it(tree
     assert find(tree, "*/a.st")[1] == []
 
 
+@pytest.mark.slow
 def test_folders_deeper_than_calls_can_be(tmp_path, deep):
     (deep(tmp_path) / "z.st").touch()
     found, _ = find(tmp_path, "**/z.st")

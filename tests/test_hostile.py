@@ -76,6 +76,7 @@ LIMITS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("content", "words"), LIMITS.values(), ids=LIMITS)
 def test_limits_of_a_file(tmp_path, content, words):
     path = tmp_path / "a.safetensors"
@@ -230,6 +231,7 @@ def test_configurations_that_are_none(tmp_path, text):
         load_adapter(path)
 
 
+@pytest.mark.slow
 def test_many_patterns_take_no_time(tmp_path):
     patterns = {f"blocks.{i}.to_q": 4.0 for i in range(20_000)}
     tensors = {}

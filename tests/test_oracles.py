@@ -14,6 +14,7 @@ from tests.conftest import lora_tensors, small_base, small_family
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow  # each makes models of these libraries
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SD1 = {"cross_attention_dim": 768}

@@ -106,6 +106,7 @@ def test_a_known_similarity_is_used_instead_of_comparing_again(bases, lora, assi
         transfer_adapter(lora, bases[0], renamed, similarity=compared)
 
 
+@pytest.mark.slow
 def test_fast_projection_is_right_to_its_bound(lora, tmp_path):
     wide = {"model_channels": 192, "text": False}
     pair = [small_base(tmp_path / f"{change}.safetensors", change=change, **wide) for change in (0.0, 0.2)]

@@ -42,6 +42,7 @@ def of_a_bias(tensors):
     tensors[f"{MODULE}.diff_b"] = torch.full((64,), math.nan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [without_partner, with_nan, of_another_kind, of_a_bias])
 def test_an_update_that_cannot_be_read_is_a_layer_that_does_not_arrive(broken, bases, tmp_path):
     tensors = lora_tensors(bases[0])

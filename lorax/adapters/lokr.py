@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
@@ -68,7 +67,9 @@ class LokrLayer(ScaledLayer):
 
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         w1, w2 = _factors(parts)
-        return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.dim() - 2)), w2.contiguous()) * self.scale
+        w1 = w1.reshape(w1.shape[0], 1, w1.shape[1], 1, *[1] * (w2.dim() - 2))
+        # By hand: torch.kron of torch 2.4 refuses some strides.
+        return (w1 * w2[:, None]).flatten(2, 3).flatten(0, 1) * self.scale
 
 
 def _factor(shapes: Shapes, name: str, core: Shape | None) -> Shape | None:
