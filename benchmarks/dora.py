@@ -12,8 +12,8 @@ from demo.pruned import noisy
 from demo.synthetic import falling
 from lorax.adapters import LoraLayer
 from lorax.adapters.layer import with_magnitude
-from lorax.layers import Layer
 from lorax.linalg import refactor
+from lorax.models.layers import Layer
 from lorax.options import LORA_RANK
 
 from .__main__ import RESULTS, hardware

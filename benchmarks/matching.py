@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from demo.pruned import accuracy, pruned_pair
-from lorax.matching import match_bases
+from lorax.compare.matching import match_bases
 
 from .__main__ import RESULTS, hardware
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from demo.pruned import pruned_pair
 from demo.synthetic import base_tensors
 from lorax import Base, Cache, Engine, load_adapter, open_base, save_adapter, transfer_adapter
-from lorax.families import families
+from lorax.models.families import families
 
 from .memory import peak
 

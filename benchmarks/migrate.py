@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from lorax import Adapter, LoraLayer, open_base, save_adapter
-from lorax.base import Base
+from lorax.models.base import Base
 
 from .__main__ import RESULTS, hardware, run
 

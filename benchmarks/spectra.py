@@ -19,9 +19,9 @@ from torch import Tensor
 
 from demo.synthetic import base_tensors, falling
 from lorax import Engine, compare_bases, open_base
-from lorax.families import families
-from lorax.layers import Layer
 from lorax.linalg import decompose, leading_subspace
+from lorax.models.families import families
+from lorax.models.layers import Layer
 
 from .__main__ import RESULTS, hardware, run
 

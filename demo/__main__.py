@@ -17,7 +17,7 @@ from lab.bases import base
 from lab.model import generate
 from lab.sheets import save_sheet
 from lorax import load_adapter
-from lorax.base import module_base
+from lorax.models.base import module_base
 
 OUT = Path(__file__).parent / "out"
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorax import Base, open_base
-from lorax.families import families
-from lorax.matching import Assignment
+from lorax.compare.matching import Assignment
+from lorax.models.families import families
 
 from .synthetic import SSD_1B, base_tensors
 

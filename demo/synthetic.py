@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax.families import Family, TextEncoder
+from lorax.models.families import Family, TextEncoder
 
 # SSD-1B (arXiv 2401.02677): SDXL with more than half of its transformer blocks and the middle one taken out.
 SSD_1B = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorax import Adapter, Base
 from lorax.adapters import expand
-from lorax.base import module_place
+from lorax.models.base import module_place
 
 Deltas = Mapping[str, Tensor]
 

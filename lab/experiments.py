@@ -16,11 +16,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lorax import Adapter, LoraxError, save_adapter, transfer_adapter
-from lorax.base import module_base
+from lorax.compare.matching import match_bases
+from lorax.compare.similarity import score_layers
 from lorax.linalg import decompose
-from lorax.matching import match_bases
-from lorax.methods import project
-from lorax.similarity import score_layers
+from lorax.models.base import module_base
+from lorax.transfer.methods import project
 
 from . import CACHE, FIRST, MODELS, RESULTS, ideas
 from .applied import Deltas, changed, dense

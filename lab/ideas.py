@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lorax import Base
-from lorax.layers import Layer
+from lorax.compare.matching import Assignment
+from lorax.compare.scores import Score
 from lorax.linalg import polar
-from lorax.matching import Assignment
-from lorax.scores import Score
+from lorax.models.layers import Layer
 
 from . import MODELS
 

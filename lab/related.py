@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from lorax import Base, Similarity, compare_bases, open_base
-from lorax.matching import match_bases
-from lorax.scores import mean_corrected
+from lorax.compare.matching import match_bases
+from lorax.compare.scores import mean_corrected
 
 from . import wheel
 

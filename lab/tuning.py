@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lorax import Adapter, load_adapter
 from lorax.adapters import FouraLayer
-from lorax.base import module_base, module_place
-from lorax.layers import Layer
+from lorax.models.base import module_base, module_place
+from lorax.models.layers import Layer
 from lorax.train import attach, train
 
 from . import DEVICE, MODELS

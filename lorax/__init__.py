@@ -7,10 +7,12 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import Adapter, LoraLayer, LoraXLayer, load_adapter, save_adapter
-    from .base import Base, module_base, open_base
-    from .cache import Cache, open_cache
-    from .convert import convert_to_lora, convert_to_lora_x
-    from .engine import Engine
+    from .adapters.convert import convert_to_lora, convert_to_lora_x
+    from .compare.matching import Assignment, load_assignment, match_bases
+    from .compare.scores import Score
+    from .compare.similarity import Similarity, compare_bases, pair_scores
+    from .compute.cache import Cache, open_cache
+    from .compute.engine import Engine
     from .errors import (
         FileError,
         FormatError,
@@ -20,20 +22,18 @@ if TYPE_CHECKING:
         OptionError,
         OutputError,
     )
-    from .layers import Layer, LayerTable
-    from .matching import Assignment, load_assignment, match_bases
-    from .report import Outcome, Row, TransferReport, similarity_json
-    from .scores import Score
-    from .similarity import Similarity, compare_bases, pair_scores
-    from .transfer import transfer_adapter
+    from .models.base import Base, module_base, open_base
+    from .models.layers import Layer, LayerTable
+    from .transfer.report import Outcome, Row, TransferReport, similarity_json
+    from .transfer.run import transfer_adapter
 
 # Where each name lives. It is imported when it is first asked for: reading a header needs no torch.
 _PLACES = {
     "adapters": ("Adapter", "LoraLayer", "LoraXLayer", "load_adapter", "save_adapter"),
-    "base": ("Base", "module_base", "open_base"),
-    "cache": ("Cache", "open_cache"),
-    "convert": ("convert_to_lora", "convert_to_lora_x"),
-    "engine": ("Engine",),
+    "models.base": ("Base", "module_base", "open_base"),
+    "compute.cache": ("Cache", "open_cache"),
+    "adapters.convert": ("convert_to_lora", "convert_to_lora_x"),
+    "compute.engine": ("Engine",),
     "errors": (
         "FileError",
         "FormatError",
@@ -43,12 +43,12 @@ _PLACES = {
         "OptionError",
         "OutputError",
     ),
-    "layers": ("Layer", "LayerTable"),
-    "matching": ("Assignment", "load_assignment", "match_bases"),
-    "report": ("Outcome", "Row", "TransferReport", "similarity_json"),
-    "scores": ("Score",),
-    "similarity": ("Similarity", "compare_bases", "pair_scores"),
-    "transfer": ("transfer_adapter",),
+    "models.layers": ("Layer", "LayerTable"),
+    "compare.matching": ("Assignment", "load_assignment", "match_bases"),
+    "transfer.report": ("Outcome", "Row", "TransferReport", "similarity_json"),
+    "compare.scores": ("Score",),
+    "compare.similarity": ("Similarity", "compare_bases", "pair_scores"),
+    "transfer.run": ("transfer_adapter",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 

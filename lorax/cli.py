@@ -19,8 +19,8 @@ from .version import __version__
 if TYPE_CHECKING:
     import torch
 
-    from .base import Base
-    from .engine import Engine
+    from .compute.engine import Engine
+    from .models.base import Base
 
 app = typer.Typer(
     help="Move adapters (LoRA, LoRA-X) between diffusion base models, without training and without data.",
@@ -117,14 +117,14 @@ def similarity(
     cache: CacheOption = True,
 ) -> None:
     """Compare the singular subspaces of two bases: every source layer with every target layer of its kind."""
-    from .base import open_base
-    from .engine import or_on_cpu
-    from .matching import match_bases
-    from .output import write_bytes
-    from .page import page
-    from .report import check_json, similarity_json
-    from .similarity import compare_bases, shared_kinds
-    from .view import similarity_view
+    from .compare.matching import match_bases
+    from .compare.similarity import compare_bases, shared_kinds
+    from .compute.engine import or_on_cpu
+    from .files.output import write_bytes
+    from .models.base import open_base
+    from .show.page import page
+    from .show.view import similarity_view
+    from .transfer.report import check_json, similarity_json
 
     if layers not in ("attention", "all"):
         raise OptionError("unknown choice of layers", layers, "choose attention or all")
@@ -188,12 +188,12 @@ def transfer(
 ) -> None:
     """Move an adapter from its source base to a target base."""
     from .adapters import load_adapter, save_adapter
-    from .base import open_base
-    from .engine import or_on_cpu
-    from .matching import load_assignment
-    from .output import write_bytes
-    from .page import page
-    from .transfer import transfer_adapter
+    from .compare.matching import load_assignment
+    from .compute.engine import or_on_cpu
+    from .files.output import write_bytes
+    from .models.base import open_base
+    from .show.page import page
+    from .transfer.run import transfer_adapter
 
     base_s, base_t = open_base(source), open_base(target)
     inputs = [adapter, *([assignment_file] if assignment_file else [])]
@@ -263,9 +263,9 @@ def migrate(
     cache: CacheOption = True,
 ) -> None:
     """Move a whole library of adapters; interrupted, it goes on where it was. Status 1 if any adapter failed."""
+    from .files.output import check_output, write_bytes
     from .migration import Options, input_files, output_files, plan_folder, plan_manifest
     from .migration import migrate as migrated
-    from .output import check_output, write_bytes
 
     options = Options(
         method.value, rank, lora_rank, threshold, matching.value, dora.value, output_format.value, naming.value,
@@ -314,10 +314,10 @@ def convert(
 ) -> None:
     """Change the format of an adapter; its base stays the same."""
     from .adapters import load_adapter, save_adapter
-    from .base import open_base
-    from .convert import convert_to_lora, convert_to_lora_x
-    from .engine import or_on_cpu
-    from .report import WEAK
+    from .adapters.convert import convert_to_lora, convert_to_lora_x
+    from .compute.engine import or_on_cpu
+    from .models.base import open_base
+    from .transfer.report import WEAK
 
     base = open_base(source) if source else None
     _check_outputs([output], *([base] if base else []), adapter)
@@ -347,7 +347,7 @@ def convert(
 @caches.command()
 def info() -> None:
     """Say where the cache is, and what is in it."""
-    from .cache import Cache
+    from .compute.cache import Cache
 
     cache = Cache()
     found = cache.info()
@@ -364,7 +364,7 @@ def info() -> None:
 @caches.command()
 def verify() -> None:
     """Read every entry and remove what is damaged."""
-    from .cache import Cache
+    from .compute.cache import Cache
 
     found = Cache().verify()
     say.print(f"{found.sound} entries are sound, {len(found.damaged)} were damaged and are removed")
@@ -376,14 +376,14 @@ def verify() -> None:
 @caches.command()
 def clear() -> None:
     """Remove every entry."""
-    from .cache import Cache
+    from .compute.cache import Cache
 
     say.print(f"{Cache().clear()} files removed")
 
 
 def _check_outputs(outputs: list[Path | None], *given: "Base | Path") -> None:
     from .adapters.config import read_files
-    from .output import check_output
+    from .files.output import check_output
 
     inputs = [file for item in given for file in (read_files(item) if isinstance(item, Path) else item.files)]
     wanted = [path for path in outputs if path]
@@ -392,8 +392,8 @@ def _check_outputs(outputs: list[Path | None], *given: "Base | Path") -> None:
 
 
 def _engine(device: Device, cache: bool, *, fast: bool = False) -> "Engine":
-    from .cache import open_cache
-    from .engine import Engine
+    from .compute.cache import open_cache
+    from .compute.engine import Engine
 
     return Engine(_device(device), fast, open_cache() if cache else None)
 
@@ -409,7 +409,7 @@ def evaluate(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Score pictures with weights that you have: HPSv2, LPIPS diversity, DINOv2 similarity."""
-    from .engine import or_on_cpu
+    from .compute.engine import or_on_cpu
     from .evaluate import evaluate as scored
 
     scores = or_on_cpu(

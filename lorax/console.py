@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
-from .layers import Layer
+from .models.layers import Layer
 from .progress import Progress, silent
 
 if TYPE_CHECKING:
+    from .compare.similarity import Similarity
     from .migration import Summary
-    from .report import TransferReport
-    from .similarity import Similarity
+    from .transfer.report import TransferReport
 
 # What is printed comes from files: no markup and no emoji is read in it.
 say = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -58,7 +58,7 @@ def print_similarity(result: "Similarity") -> None:
 
 def print_report(report: "TransferReport") -> None:
     """Print what a transfer did, by kind of layer, and what to know and do."""
-    from .report import Outcome
+    from .transfer.report import Outcome
 
     table = Table("kind of layer", "layers", "arrived", "similarity", "energy kept", box=None)
     kinds: dict[str, list[Any]] = {}
@@ -119,8 +119,8 @@ def plain(value: Any) -> str:
 
 def png(result: "Similarity | TransferReport") -> bytes:
     """Return a result as a picture: a similarity as heat maps, a report as what each layer kept."""
-    from . import pictures
-    from .report import TransferReport
+    from .show import pictures
+    from .transfer.report import TransferReport
 
     is_report = isinstance(result, TransferReport)
     image = pictures.retained_picture(result) if is_report else pictures.similarity_picture(result)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .errors import FileError, FormatError, MismatchError, OptionError
-from .picturefile import ENDINGS, open_picture, read_caption
-from .tensorfile import TensorFile
+from .files.picturefile import ENDINGS, open_picture, read_caption
+from .files.tensorfile import TensorFile
 
 BATCH = 16
 # The shorter side that AlexNet's layers leave something of.

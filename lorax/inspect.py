@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .base import open_base
-from .basefiles import is_adapter
 from .errors import FormatError, LoraxError
-from .tensorfile import TensorFile
+from .files.tensorfile import TensorFile
+from .models.base import open_base
+from .models.basefiles import is_adapter
 
 # Numbers of a dense update whose norm is worth its memory (0.8 GB): a small file can stand for a very large one. The
 # largest layer of FLUX.1 has 2^25.8.

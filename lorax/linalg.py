@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .errors import OptionError
+from .checks import check_positive
 
 # Singular values below this share of the first are noise: a Gram matrix in float64 carries them squared, with an error
 # of eps = 2.2e-16, so it resolves down to about sqrt(eps * size) = 5e-7.
@@ -46,16 +46,6 @@ class Subspace:
     def singular_change(self, B: Tensor, A: Tensor) -> Tensor:
         """Return `delta [r]`, `delta_i = u_i^T (B A) v_i`: of all `U diag(delta) Vh` the one closest to `B A`."""
         return ((self.U.T @ B) * (A @ self.Vh.T).T).sum(1)
-
-
-def check_positive(rank: int, name: str = "rank") -> None:
-    """Refuse a rank below 1.
-
-    Raises:
-        OptionError: It is.
-    """
-    if rank < 1:
-        raise OptionError("a rank is at least 1", f"{name} {rank}", "give a whole number from 1, for example 64")
 
 
 @cache

@@ -10,7 +10,7 @@ class Choice(str, Enum):
 
 
 class Method(Choice):
-    """How an update is moved; the formulas are in `lorax.methods`."""
+    """How an update is moved; the formulas are in `lorax.transfer.methods`."""
 
     auto = "auto"
     orthogonal = "orthogonal"
@@ -22,7 +22,7 @@ class Method(Choice):
 
 
 class Matching(Choice):
-    """How blocks of the two bases are paired; see `lorax.matching`."""
+    """How blocks of the two bases are paired; see `lorax.compare.matching`."""
 
     auto = "auto"
     by_name = "name"

@@ -5,9 +5,9 @@ from collections.abc import Container
 from dataclasses import replace
 
 from ..lorax.adapters import Adapter, LoraXLayer, load_adapter, save_adapter
-from ..lorax.base import Base
-from ..lorax.convert import convert_to_lora
+from ..lorax.adapters.convert import convert_to_lora
 from ..lorax.errors import OptionError, OutputError
+from ..lorax.models.base import Base
 from . import host
 from .host import io, ui
 from .types import CATEGORY, AdapterPort

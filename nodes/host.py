@@ -21,14 +21,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from ..lorax import output
 from ..lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
-from ..lorax.base import Base, loaded_base
-from ..lorax.cache import open_cache
-from ..lorax.engine import Engine, or_on_cpu
+from ..lorax.compute.cache import open_cache
+from ..lorax.compute.engine import Engine, or_on_cpu
 from ..lorax.errors import FormatError, MismatchError, OptionError, OutputError, printable
-from ..lorax.layers import Layer
-from ..lorax.longpath import on_disk
+from ..lorax.files import output
+from ..lorax.files.longpath import on_disk
+from ..lorax.models.base import Base, loaded_base
+from ..lorax.models.layers import Layer
 from ..lorax.progress import Progress
 
 UNET = "diffusion_model."

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import torch
 
-from ..lorax.matching import match_bases
-from ..lorax.pictures import similarity_picture
-from ..lorax.similarity import Similarity, compare_bases
-from ..lorax.view import similarity_view
+from ..lorax.compare.matching import match_bases
+from ..lorax.compare.similarity import Similarity, compare_bases
+from ..lorax.show.pictures import similarity_picture
+from ..lorax.show.view import similarity_view
 from . import host
 from .host import io
 from .types import CATEGORY, SimilarityPort, cache_input

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..lorax.adapters import Adapter
-from ..lorax.cache import open_cache
-from ..lorax.engine import Engine
+from ..lorax.checks import highest_rank
+from ..lorax.compute.cache import open_cache
+from ..lorax.compute.engine import Engine
 from ..lorax.errors import MismatchError, OptionError
 from ..lorax.options import LEARNING_RATE
-from ..lorax.pictures import loss_picture
-from ..lorax.similarity import highest_rank
+from ..lorax.show.pictures import loss_picture
 from ..lorax.train import LoraXLayers, attach, thinned, train
 from . import host
 from .host import io

@@ -3,11 +3,11 @@
 from weakref import WeakKeyDictionary, ref
 
 from ..lorax.adapters import Adapter, LoraXLayer
-from ..lorax.convert import convert_to_lora_x
+from ..lorax.adapters.convert import convert_to_lora_x
+from ..lorax.checks import highest_rank
 from ..lorax.options import DORA, MATCHINGS, METHODS
-from ..lorax.report import WEAK
-from ..lorax.similarity import highest_rank
-from ..lorax.transfer import transfer_adapter
+from ..lorax.transfer.report import WEAK
+from ..lorax.transfer.run import transfer_adapter
 from . import host
 from .files import expanded
 from .host import io, ui

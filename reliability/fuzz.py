@@ -20,9 +20,9 @@ with atheris.instrument_imports(include=["lorax"]):
     from lorax import load_adapter, load_assignment, open_base
     from lorax.adapters.keys import parse, why_unknown
     from lorax.errors import LoraxError
-    from lorax.families import families, recognise
+    from lorax.files.tensorfile import parse_json
     from lorax.inspect import describe
-    from lorax.tensorfile import parse_json
+    from lorax.models.families import families, recognise
 
 from . import seeds
 from .mutations import DTYPES, KNOWN_METADATA, ROLES, SIZES, build

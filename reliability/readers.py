@@ -23,9 +23,9 @@ from lorax import (
     save_adapter,
     transfer_adapter,
 )
-from lorax.checkpoint import random_state, set_random_state
 from lorax.inspect import describe
 from lorax.options import METHODS
+from lorax.train.state import random_state, set_random_state
 
 from . import seeds
 

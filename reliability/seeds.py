@@ -8,9 +8,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from demo.synthetic import base_tensors
-from lorax.checkpoint import Checkpoint
-from lorax.families import Family, families
-from lorax.unet import UNetConfig
+from lorax.models.families import Family, families
+from lorax.models.unet import UNetConfig
+from lorax.train.state import Checkpoint
 
 TINY = UNetConfig(
     model_channels=32,

@@ -20,9 +20,9 @@ import lorax
 from demo.synthetic import base_tensors
 from lorax import Base, cli, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.entry import ENDINGS
-from lorax.families import Family, families
 from lorax.migration import Options, Task, plan_folder
-from lorax.unet import UNetConfig
+from lorax.models.families import Family, families
+from lorax.models.unet import UNetConfig
 from tests.library import BROKEN, contents
 
 # In CI the same examples every time; on a developer's machine new ones.
@@ -41,7 +41,7 @@ SMALL = UNetConfig(
 # The user's own cache is none of the tests' business.
 os.environ["LORAX_CACHE"] = "off"
 
-REPORT_SCHEMA = json.loads((Path(lorax.__file__).parent / "report.schema.json").read_text())
+REPORT_SCHEMA = json.loads((Path(lorax.__file__).parent / "transfer/report.schema.json").read_text())
 SHARED = Path(os.environ.get("LORAX_SHARED", Path(__file__).parents[2] / "shared"))
 
 

@@ -17,7 +17,7 @@ from lorax.adapters import (
     LoraLayer,
     OftLayer,
 )
-from lorax.layers import Layer
+from lorax.models.layers import Layer
 
 W = 16
 NAME = "transformer.transformer_blocks.0.attn.to_q"

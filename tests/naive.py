@@ -15,7 +15,7 @@ from lorax.adapters import (
     LoraXLayer,
     OftLayer,
 )
-from lorax.families import UNKNOWN
+from lorax.models.families import UNKNOWN
 
 NAME = "transformer.blocks.0.attn.to_q"
 
@@ -77,7 +77,7 @@ def polar(X):
 
 
 def moved_naively(method, dW, A, source, target, rank):
-    """The formulas of `lorax.methods`, as they stand there."""
+    """The formulas of `lorax.transfer.methods`, as they stand there."""
     (U_s, _, V_s), (U_t, _, V_t) = triplets(source, rank), triplets(target, rank)
     W_s, W_t = source.double().flatten(1), target.double().flatten(1)
     left, right = W_s.shape[0] == W_t.shape[0], W_s.shape[1] == W_t.shape[1]

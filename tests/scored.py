@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lorax.layers import Layer
-from lorax.scores import ScoreTable
-from lorax.similarity import KindSimilarity, Similarity
+from lorax.compare.scores import ScoreTable
+from lorax.compare.similarity import KindSimilarity, Similarity
+from lorax.models.layers import Layer
 
 
 def layout(blocks, kinds=8):

@@ -27,9 +27,9 @@ from lorax import (
     save_adapter,
 )
 from lorax.adapters.keys import ROLES, indexed_layers, parse
-from lorax.base import loaded_base
-from lorax.families import UNKNOWN, families
-from lorax.layers import Layer, LayerTable
+from lorax.models.base import loaded_base
+from lorax.models.families import UNKNOWN, families
+from lorax.models.layers import Layer, LayerTable
 from tests.conftest import lora_tensors
 
 QKV = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"

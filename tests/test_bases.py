@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from demo.synthetic import base_tensors
 from lorax import FileError, FormatError, module_base, open_base
-from lorax.families import families
 from lorax.inspect import describe
+from lorax.models.families import families
 from tests.models import MODELS
 
 diffusers = pytest.importorskip("diffusers")

@@ -30,11 +30,11 @@ from lorax import (
     transfer_adapter,
 )
 from lorax.adapters import expand
-from lorax.cache import KINDS, STALE_SECONDS, Verified
-from lorax.convert import convert_to_lora_x
-from lorax.engine import machine
+from lorax.adapters.convert import convert_to_lora_x
+from lorax.compare.similarity import compare_bases
+from lorax.compute.cache import KINDS, STALE_SECONDS, Verified
+from lorax.compute.engine import machine
 from lorax.linalg import decompose
-from lorax.similarity import compare_bases
 from reliability import seeds
 from reliability.faults import in_child
 from tests.conftest import small_base

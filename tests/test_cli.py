@@ -66,8 +66,8 @@ def test_dtype(run, words, tmp_path, dtype):
 
 
 def test_too_many_pairs_for_json_are_refused_before_they_are_compared(run, bases, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorax.report.MOST_JSON", 3)
-    monkeypatch.setattr("lorax.similarity.compare_bases", None)
+    monkeypatch.setattr("lorax.transfer.report.MOST_JSON", 3)
+    monkeypatch.setattr("lorax.compare.similarity.compare_bases", None)
     words = "similarity", bases[0].files[0], bases[1].files[0], "--json", tmp_path / "s.json"
     assert "too many pairs for JSON" in run(*words, status=1)[1]
     assert "too many pairs for JSON" in run(*words, "--layers", "all", status=1)[1]

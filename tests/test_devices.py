@@ -25,7 +25,7 @@ from lorax import (
     transfer_adapter,
 )
 from lorax.adapters import Adapter, LoraLayer, expand
-from lorax.engine import or_on_cpu
+from lorax.compute.engine import or_on_cpu
 from lorax.linalg import decompose, is_exact, leading_subspace, norm, polar, recompress, refactor
 from lorax.migration.job import Task
 from lorax.migration.work import move

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIMITED = ("tensorfile", "adapters.layer", "inspect", "picturefile", "scores", "report")
+LIMITED = ("files.tensorfile", "adapters.layer", "inspect", "files.picturefile", "compare.scores", "transfer.report")
 UNITS = {"": 1, " kB": 2**10, " MB": 2**20}
 LIMIT = re.compile(r"^\| (`[A-Z_]+`(?:, `[A-Z_]+`)*) \| ([^|]+) \|", re.MULTILINE)
 LIMITS = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorax import Cache, OutputError, cli, load_adapter, save_adapter
-from lorax.output import check_output, write_bytes
+from lorax.files.output import check_output, write_bytes
 from reliability import seeds
 from reliability.faults import in_child, killed
 

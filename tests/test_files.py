@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lorax import Cache, Engine, FileError, load_adapter, open_base, transfer_adapter
-from lorax.checkpoint import Checkpoint
-from lorax.tensorfile import BYTES, TensorFile, file_hash, file_state
+from lorax.files.tensorfile import BYTES, TensorFile, file_hash, file_state
+from lorax.train.state import Checkpoint
 from reliability import seeds
 
 ROOT = Path(__file__).parents[1]

@@ -31,9 +31,9 @@ from lorax import (
 )
 from lorax.adapters.layer import RANK, WEIGHT
 from lorax.console import png
+from lorax.files.tensorfile import DIMENSIONS, HEADER_BYTES, NAME_CHARACTERS, NUMBERS, TENSORS, TensorFile, parse_json
 from lorax.inspect import DENSE, describe
-from lorax.pictures import retained_picture
-from lorax.tensorfile import DIMENSIONS, HEADER_BYTES, NAME_CHARACTERS, NUMBERS, TENSORS, TensorFile, parse_json
+from lorax.show.pictures import retained_picture
 from reliability import seeds
 from reliability.mutations import build
 from reliability.readers import Tally

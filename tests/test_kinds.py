@@ -21,7 +21,7 @@ from lorax.adapters import (
 from lorax.adapters.kinds import KINDS
 from lorax.adapters.layer import with_magnitude
 from lorax.errors import FormatError, MismatchError
-from lorax.layers import Layer
+from lorax.models.layers import Layer
 from tests.agreement import agree, random
 
 # ------------------------------------------------------------------------------------------------------ naive formulas

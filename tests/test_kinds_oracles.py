@@ -14,7 +14,7 @@ from lorax.adapters import (
     OftLayer,
     VectorLayer,
 )
-from lorax.layers import Layer
+from lorax.models.layers import Layer
 from tests.agreement import agree, random
 
 lycoris = pytest.importorskip("lycoris.modules")

@@ -22,8 +22,8 @@ from lorax.adapters import (
     LoraLayer,
     VectorLayer,
 )
-from lorax.convert import convert_to_lora
-from lorax.layers import Layer
+from lorax.adapters.convert import convert_to_lora
+from lorax.models.layers import Layer
 from tests.conftest import small_base
 from tests.every_kind import NAME, QKV, W, adapter_of, dense, flux, flux_bases, kinds, random
 

@@ -15,8 +15,8 @@ from lab.applied import changed, dense
 from lab.model import SIZES, generate, held_out_loss, unet
 from lab.report import Results, spearman, told
 from lorax import Adapter, LoraLayer
-from lorax.base import module_base
-from lorax.matching import match_bases
+from lorax.compare.matching import match_bases
+from lorax.models.base import module_base
 
 
 @pytest.fixture(scope="module")

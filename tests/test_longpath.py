@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from lorax import Cache, OutputError, load_adapter, longpath, open_base, save_adapter
+from lorax import Cache, OutputError, load_adapter, open_base, save_adapter
+from lorax.files import longpath
+from lorax.files.longpath import on_disk
+from lorax.files.output import check_output, make_folder, write_bytes
+from lorax.files.tensorfile import file_state
 from lorax.inspect import describe
-from lorax.longpath import on_disk
-from lorax.output import check_output, make_folder, write_bytes
-from lorax.tensorfile import file_state
 from reliability import seeds
 
 FOLDER = "C:\\" + "\\".join(["x" * 60] * 4)  # 246 characters

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from demo.pruned import accuracy, noisy, pruned_pair
 from demo.synthetic import falling
 from lorax import FormatError, MismatchError, OptionError, load_adapter, open_base, transfer_adapter
-from lorax.matching import best_in_order, load_assignment, match_bases, spread
-from lorax.scores import ScoreTable
-from lorax.similarity import compare_bases
+from lorax.compare.matching import best_in_order, load_assignment, match_bases, spread
+from lorax.compare.scores import ScoreTable
+from lorax.compare.similarity import compare_bases
 
 from .conftest import small_base
 

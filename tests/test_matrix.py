@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from demo.synthetic import SSD_1B
 from lorax import load_adapter, open_base, save_adapter
-from lorax.base import loaded_base
-from lorax.families import Family, families
-from lorax.layers import flatten
-from lorax.unet import diffusers_to_ldm
+from lorax.models.base import loaded_base
+from lorax.models.families import Family, families
+from lorax.models.layers import flatten
+from lorax.models.unet import diffusers_to_ldm
 from tests.models import MODELS, SWAPPED, Checkpoint, original_shapes, shapes_of
 
 RANK, ALPHA = 2, 1.0

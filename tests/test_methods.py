@@ -5,9 +5,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorax import methods
 from lorax.linalg import Subspace, decompose
-from lorax.methods import align, index, project, subspace_null
+from lorax.transfer import methods
+from lorax.transfer.methods import align, index, project, subspace_null
 
 
 def randn(*shape, seed):

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorax import OptionError, OutputError, open_base
-from lorax.cache import Cache
-from lorax.engine import CPU, Engine
+from lorax.compute.cache import Cache
+from lorax.compute.engine import CPU, Engine
 from lorax.migration import Options, migrate, plan_folder, work
 from lorax.migration.journal import JOURNAL, Journal
 from lorax.migration.local import fitting_workers, largest_of_each

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from demo.synthetic import base_tensors
 from lorax import load_adapter, open_base, save_adapter, transfer_adapter
-from lorax.families import families
+from lorax.models.families import families
 from tests.conftest import lora_tensors, small_base, small_family
 
 diffusers = pytest.importorskip("diffusers")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorax import OutputError, load_adapter, output, save_adapter
-from lorax.output import TEMPORARY, UNNAMEABLE, check_output, write_bytes
+from lorax import OutputError, load_adapter, save_adapter
+from lorax.files import output
+from lorax.files.output import TEMPORARY, UNNAMEABLE, check_output, write_bytes
 from reliability import seeds
 from reliability.faults import killed
 

@@ -6,10 +6,10 @@ import jsonschema
 import pytest
 
 from lorax import compare_bases, open_base
-from lorax.layers import Layer
-from lorax.matching import match_bases
-from lorax.page import page
-from lorax.view import similarity_view
+from lorax.compare.matching import match_bases
+from lorax.models.layers import Layer
+from lorax.show.page import page
+from lorax.show.view import similarity_view
 from tests.chromium import chromium, overlaps, picture, watched
 from tests.conftest import REPORT_SCHEMA, small_base
 from tests.scored import layout
@@ -223,7 +223,7 @@ def test_two_thousand_layers(show):
 
 
 def match_nothing():
-    from lorax.matching import Assignment
+    from lorax.compare.matching import Assignment
 
     return Assignment("name", {})
 

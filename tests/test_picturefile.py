@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from benchmarks.memory import peak
 from lorax import FileError
-from lorax.picturefile import CAPTION_BYTES, FORMATS, PIXELS, RATIO, open_picture, read_caption
+from lorax.files.picturefile import CAPTION_BYTES, FORMATS, PIXELS, RATIO, open_picture, read_caption
 from reliability.readers import Tally
 
 ORIENTATION = 0x0112  # the number of the EXIF tag
@@ -88,7 +88,7 @@ from pathlib import Path
 import PIL.Image, lorax.picturefile
 PIL.Image.init()
 sys.addaudithook(lambda event, _: event == "subprocess.Popen" and print("a program"))
-ways = {"ours": lorax.picturefile.open_picture, "Pillow's": lambda path: PIL.Image.open(path).load()}
+ways = {"ours": lorax.files.picturefile.open_picture, "Pillow's": lambda path: PIL.Image.open(path).load()}
 try:
     ways[sys.argv[1]](Path(sys.argv[2]))
 except Exception as error:

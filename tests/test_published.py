@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from demo.synthetic import base_tensors
 from lorax import Cache, Engine, Outcome, load_adapter, open_base, save_adapter, transfer_adapter
-from lorax.families import families
+from lorax.models.families import families
 
 pytestmark = pytest.mark.slow  # bases of full size are made
 

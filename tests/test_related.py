@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lab.related import download, namesakes, pruned
 from lorax import compare_bases, load_adapter, open_base, save_adapter, transfer_adapter
-from lorax.matching import match_bases
+from lorax.compare.matching import match_bases
 
 pytestmark = pytest.mark.slow  # two models are downloaded
 

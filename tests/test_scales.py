@@ -14,7 +14,7 @@ from lorax import Adapter, FormatError, LoraLayer, load_adapter, save_adapter
 from lorax.adapters.config import HEADER_ALPHA
 from lorax.adapters.lora import fuse
 from lorax.adapters.pattern import Pattern, Patterns
-from lorax.layers import Layer
+from lorax.models.layers import Layer
 
 PATHS = [
     "transformer_blocks.0.attn.to_q",

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import lorax
 from lorax import LayerTable, MismatchError, NumericsError, OptionError
-from lorax.families import UNKNOWN
-from lorax.matching import match_bases
-from lorax.report import similarity_json
-from lorax.scores import PairScores, Score, mean_corrected
-from lorax.similarity import compare_bases, pair_scores
+from lorax.compare.matching import match_bases
+from lorax.compare.scores import PairScores, Score, mean_corrected
+from lorax.compare.similarity import compare_bases, pair_scores
+from lorax.models.families import UNKNOWN
+from lorax.transfer.report import similarity_json
 from tests.conftest import small_base
 
 
@@ -70,7 +70,7 @@ def test_the_size_of_a_weight_does_not_count_however_small_or_large(size, rank, 
         for side, score in enumerate(pair_scores(small, large, rank)):
             assert score.phi == pytest.approx(phi_by_singular_vectors(small, large, side, rank), abs=1e-4)
             assert score.chance == pytest.approx(pair_scores(A, B, rank)[side].chance, abs=1e-4)
-        monkeypatch.setattr("lorax.similarity.GRAM_LIMIT", 4)  # products of weights
+        monkeypatch.setattr("lorax.compare.similarity.GRAM_LIMIT", 4)  # products of weights
 
 
 def test_chance_level_is_what_unrelated_weights_score():
@@ -97,8 +97,8 @@ def test_all_pairs_of_two_bases(bases, monkeypatch):
     source, target = bases
     whole = compare_bases(source, target, attention_only=False)
     # Small budgets and Gram limits take the other two paths: sources in several portions, products instead of Grams.
-    monkeypatch.setattr("lorax.similarity.BUDGET_BYTES", 1)
-    monkeypatch.setattr("lorax.similarity.GRAM_LIMIT", 40)
+    monkeypatch.setattr("lorax.compare.similarity.BUDGET_BYTES", 1)
+    monkeypatch.setattr("lorax.compare.similarity.GRAM_LIMIT", 40)
     again = compare_bases(source, target, attention_only=False)
     kinds = {layer.kind for layer in source.layers.values()}
     assert {kind.kind.split(":")[1] for kind in whole.kinds} == kinds
@@ -185,15 +185,15 @@ def test_a_pair_of_layers_takes_a_few_numbers_of_memory():
 
 def test_more_pairs_than_can_be_held_or_written_are_refused(bases, monkeypatch):
     few, more = rows_of_numbers(3), rows_of_numbers(4)
-    monkeypatch.setattr("lorax.scores.MOST_PAIRS", 12)
+    monkeypatch.setattr("lorax.compare.scores.MOST_PAIRS", 12)
     assert len(match_bases(few, more).scores) == 12
     similarity = compare_bases(few, more)
-    monkeypatch.setattr("lorax.report.MOST_JSON", 12)
+    monkeypatch.setattr("lorax.transfer.report.MOST_JSON", 12)
     assert len(similarity_json(similarity)["kinds"][0]["left"]["phi"]) == 3
-    monkeypatch.setattr("lorax.report.MOST_JSON", 11)
+    monkeypatch.setattr("lorax.transfer.report.MOST_JSON", 11)
     with pytest.raises(OptionError, match="12, at most 11"):
         similarity_json(similarity)
-    monkeypatch.setattr("lorax.scores.MOST_PAIRS", 11)
+    monkeypatch.setattr("lorax.compare.scores.MOST_PAIRS", 11)
     for work in (compare_bases, match_bases):
         with pytest.raises(MismatchError, match="12, at most 11"):
             work(few, more)

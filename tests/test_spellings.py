@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorax import FormatError, load_adapter, open_base, save_adapter
-from lorax.base import module_base
+from lorax.models.base import module_base
 
 G = torch.Generator().manual_seed(0)
 # Module of the original naming -> the diffusers paths that it is.

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 import lorax
-from lorax import load_adapter, toml
-from lorax.families import families, recognise
+from lorax import load_adapter
+from lorax.files import toml
+from lorax.models.families import families, recognise
 from tests.models import BLOCKS, HEADS, MODELS, SWAPPED, Checkpoint, original_shapes, shapes_of
 
-TABLES = sorted((Path(lorax.__file__).parent / "tables").glob("*.toml"))
+TABLES = sorted((Path(lorax.__file__).parent / "models/tables").glob("*.toml"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -91,7 +92,7 @@ def unet_blocks(down, up, middle, resnets_down=2):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_pruned_unet_has_its_label(family, blocks, label):
-    assert families()[family].variant(lorax.layers.Layer(f"unet.{path}", (8, 8)) for path in blocks) == label
+    assert families()[family].variant(lorax.models.layers.Layer(f"unet.{path}", (8, 8)) for path in blocks) == label
 
 
 @pytest.mark.parametrize(

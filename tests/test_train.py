@@ -18,7 +18,7 @@ from torch import nn
 import lorax
 from lorax import MismatchError, NumericsError, OptionError
 from lorax.adapters import expand
-from lorax.pictures import ARRIVED_INK, loss_picture
+from lorax.show.pictures import ARRIVED_INK, loss_picture
 from lorax.train import attach, thinned, train
 from tests.trainable import data, made
 
@@ -164,9 +164,9 @@ def test_a_unet_has_the_names_of_its_file(tmp_path, bases):
 
 def test_parts_of_a_fused_weight_learn_each_its_own_singular_values():
     """A fused qkv: three layers in one module."""
-    from lorax.base import Base
-    from lorax.families import UNKNOWN
-    from lorax.layers import Layer, LayerTable
+    from lorax.models.base import Base
+    from lorax.models.families import UNKNOWN
+    from lorax.models.layers import Layer, LayerTable
 
     torch.manual_seed(0)
     model = nn.ModuleDict({"attn_qkv": nn.Linear(8, 24)}).double()

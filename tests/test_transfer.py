@@ -24,11 +24,11 @@ from lorax import (
     save_adapter,
     transfer_adapter,
 )
-from lorax.convert import convert_to_lora, convert_to_lora_x
-from lorax.families import UNKNOWN, families
-from lorax.report import similarity_json
-from lorax.scores import Score, ScoreTable
-from lorax.similarity import compare_bases
+from lorax.adapters.convert import convert_to_lora, convert_to_lora_x
+from lorax.compare.scores import Score, ScoreTable
+from lorax.compare.similarity import compare_bases
+from lorax.models.families import UNKNOWN, families
+from lorax.transfer.report import similarity_json
 from tests.conftest import REPORT_SCHEMA, lora_tensors, small_base
 
 

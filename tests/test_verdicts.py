@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from lorax import LayerTable, MismatchError, Outcome, load_adapter, transfer_adapter
-from lorax.convert import convert_to_lora_x
-from lorax.matching import match_bases
+from lorax.adapters.convert import convert_to_lora_x
+from lorax.compare.matching import match_bases
 from tests.conftest import REPORT_SCHEMA, lora_tensors
 
 MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

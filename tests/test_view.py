@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from lorax import compare_bases, load_adapter, transfer_adapter
-from lorax.layers import Layer
-from lorax.matching import Assignment, match_bases
-from lorax.report import ARRIVED
-from lorax.scores import ScoreTable
-from lorax.similarity import KindSimilarity, Similarity
-from lorax.view import LOWEST, MOST_CELLS, STEP, similarity_view
+from lorax.compare.matching import Assignment, match_bases
+from lorax.compare.scores import ScoreTable
+from lorax.compare.similarity import KindSimilarity, Similarity
+from lorax.models.layers import Layer
+from lorax.show.view import LOWEST, MOST_CELLS, STEP, similarity_view
+from lorax.transfer.report import ARRIVED
 from tests.scored import layout
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "lorax/view.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[1] / "lorax/show/view.schema.json").read_text())
 
 
 def names(table):

@@ -7,7 +7,7 @@ import torch
 
 from lorax import Base, Layer, LayerTable, Outcome, transfer_adapter
 from lorax.adapters import Adapter, DiffLayer, LoraXLayer, expand
-from lorax.families import families
+from lorax.models.families import families
 from tests.naive import moved_naively, random, updates
 
 # family, name, outputs, channels of the model and of those made of it, kernel

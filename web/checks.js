@@ -1,6 +1,6 @@
 /** What readers of data ask of it: it lies in workflow files, which anybody may have written. Knows no browser. */
 
-/** As many as a file may hold tensors (lorax/tensorfile.py); models have some thousand layers. */
+/** As many as a file may hold tensors (lorax/files/tensorfile.py); models have some thousand layers. */
 export const MOST_ITEMS = 20_000;
 const LARGEST = 3.5e38; // beyond every float32
 const MOST_CHARACTERS = 10_000; // ten times the longest name of a tensor that is read

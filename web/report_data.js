@@ -1,4 +1,4 @@
-/** What the transfer view shows, from the JSON of a transfer (`lorax/report.schema.json`); its form in a workflow. */
+/** What the transfer view shows, from the JSON of a transfer (`lorax/transfer/report.schema.json`); its form in a workflow. */
 
 import { checkSchema, item, list, number, Problem, word } from "./checks.js";
 import { shortBlock } from "./names.js";
@@ -71,7 +71,7 @@ export function readReport(data) {
   };
 }
 
-/** How strong the effect will be: a key of the texts. One half is where the core starts to warn (lorax/report.py). */
+/** How strong the effect will be: a key of the texts. One half is where the core starts to warn (lorax/transfer/report.py). */
 export function effect(kept) {
   if (!(kept > 0)) return "nothing";
   if (kept >= 0.8) return "strong";

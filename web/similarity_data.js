@@ -1,4 +1,4 @@
-/** What the similarity view shows, from the JSON of `lorax/view.schema.json`. Nothing here knows a browser. */
+/** What the similarity view shows, from the JSON of `lorax/show/view.schema.json`. Nothing here knows a browser. */
 
 import { checkSchema, item, list, number, Problem, word } from "./checks.js";
 import { GROUP_NAMES, groupOf, stageOf } from "./names.js";

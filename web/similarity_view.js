@@ -20,7 +20,7 @@ import { HIGH, LOW, STEPS, thresholdSlider } from "./threshold.js";
 
 const MANY = 1000;
 const SIMILARITY_STATE = { group: "", stage: "", pinned: "", threshold: 0 }; // what the user chose
-const LEAST = -0.265; // the map keeps no lower values, see lorax/view.py
+const LEAST = -0.265; // the map keeps no lower values, see lorax/show/view.py
 
 /**
  * Return the view.

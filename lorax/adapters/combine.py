@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import FormatError
-from ..layers import Layer
+from ..models.layers import Layer
 from .diff import DiffLayer
 from .layer import AdapterLayer, stacked
 from .lora import LoraLayer, added, fuse

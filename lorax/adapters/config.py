@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
-from ..layers import MAIN
-from ..longpath import on_disk
-from ..tensorfile import TensorFile, parse_json, read_json
+from ..files.longpath import on_disk
+from ..files.tensorfile import TensorFile, parse_json, read_json
+from ..models.layers import MAIN
 from .pattern import Patterns
 
 # The name under which PEFT looks for the weights beside an `adapter_config.json`.

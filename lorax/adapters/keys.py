@@ -3,8 +3,8 @@
 import re
 from typing import NamedTuple
 
-from ..families import Family
-from ..layers import Layer, flatten, unwrapped
+from ..models.families import Family
+from ..models.layers import Layer, flatten, unwrapped
 from .kinds import KINDS
 
 # The ends of keys -> the field of the update that the tensor is. Longer ends come before those that they end with.

@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import FormatError, MismatchError, NumericsError
-from ..layers import Layer
 from ..linalg import all_finite, norm, to_exact
+from ..models.layers import Layer
 from .dora import decomposed, with_magnitude_of
 
 # What an update may be; more is refused, before a small file makes much memory. The numbers are ours.

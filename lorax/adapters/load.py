@@ -10,12 +10,12 @@ from functools import partial
 
 from torch import Tensor
 
-from ..base import Base
 from ..errors import FormatError, LoraxError, NumericsError
-from ..families import families
-from ..layers import Layer
+from ..files.tensorfile import TensorFile, parse_json
 from ..linalg import all_finite
-from ..tensorfile import TensorFile, parse_json
+from ..models.base import Base
+from ..models.families import families
+from ..models.layers import Layer
 from .config import Configs, PeftConfig, read_configs
 from .diff import VectorLayer
 from .keys import EMBEDDING, UNKNOWN_KEY, VECTOR_ROLES, parse, unread_module, why_unknown

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..layers import Layer
+from ..models.layers import Layer
 from .layer import WEIGHT, AdapterLayer, Parts, ScaledLayer, Shape, Shapes, misfit, stacked, times
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import Base
 from ..errors import MismatchError
 from ..linalg import Subspace, decompose, to_exact
+from ..models.base import Base
 from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..base import Base
-from ..engine import CPU, Engine
+from ..compute.engine import CPU, Engine
 from ..errors import MismatchError
-from ..families import Family
 from ..linalg import refactor
+from ..models.base import Base
+from ..models.families import Family
 from .diff import VectorLayer
 from .layer import AdapterLayer, check_finite
 from .lora_x import LoraXLayer

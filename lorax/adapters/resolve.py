@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..base import Base
 from ..errors import FormatError
-from ..families import Family, families
-from ..layers import MAIN, Layer, flatten, is_swapped, reads_text
+from ..models.base import Base
+from ..models.families import Family, families
+from ..models.layers import MAIN, Layer, flatten, is_swapped, reads_text
 from .combine import total, with_halves_swapped
 from .keys import ENCODER_KINDS, indexed_layers
 from .layer import AdapterLayer, Shape, fits, magnitude_shape

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError, OptionError
-from ..families import Family
-from ..layers import Layer, is_swapped
+from ..files.output import check_output, write_bytes
+from ..files.tensorfile import serialize
 from ..linalg import all_finite
+from ..models.families import Family
+from ..models.layers import Layer, is_swapped
 from ..options import NAMINGS
-from ..output import check_output, write_bytes
-from ..tensorfile import serialize
 from .combine import whole, with_halves_swapped
 from .config import HEADER_ALPHA
 from .diff import VectorLayer

@@ -20,12 +20,12 @@ import torch
 from ray.exceptions import RayError
 
 from ..adapters import load_adapter
-from ..base import Base
-from ..cache import open_cache
-from ..engine import Engine, packed, unpacked
+from ..compare.matching import Assignment
+from ..compute.cache import open_cache
+from ..compute.engine import Engine, packed, unpacked
 from ..errors import LoraxError
 from ..linalg import Subspace
-from ..matching import Assignment
+from ..models.base import Base
 from .job import Options, Task
 from .local import ONE, largest_of_each
 from .work import Record, move, opened, transferred

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Any, cast, get_args
 
-from .. import toml
 from ..adapters.config import read_files
-from ..base import open_base
 from ..errors import FileError, FormatError, LoraxError, OptionError
+from ..files import toml
+from ..models.base import open_base
 from ..options import DORA, DTYPES, FORMATS, LORA_RANK, MATCHINGS, METHODS, NAMINGS, THRESHOLD
 from .find import find
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
-from ..output import TEMPORARY, make_folder
-from ..tensorfile import parse_json
+from ..files.output import TEMPORARY, make_folder
+from ..files.tensorfile import parse_json
 from .find import find
 from .work import Record
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..cache import open_cache
-from ..engine import Engine
+from ..compute.cache import open_cache
+from ..compute.engine import Engine
 from .job import Options, Task
 from .work import Record, move
 

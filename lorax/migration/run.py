@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-from ..engine import CPU, Engine
+from ..compute.engine import CPU, Engine
 from ..errors import OptionError, OutputError
+from ..files.output import file_id
 from ..options import RUNS
-from ..output import file_id
 from ..progress import Progress, silent
 from ..version import __version__
 from .job import Task, input_files
@@ -113,7 +113,7 @@ def output_files(tasks: Sequence[Task], output: Path) -> list[Path]:
 
 
 def _check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """As `lorax.output.check_output` for many files, whose folders need not be there."""
+    """As `lorax.files.output.check_output` for many files, whose folders need not be there."""
     kept = set(map(file_id, inputs)) - {None}
     for path in outputs:
         if file_id(path) in kept:

@@ -14,15 +14,15 @@ import torch
 
 from ..adapters import Adapter, load_adapter, save_adapter
 from ..adapters.config import read_files
-from ..base import Base, open_base
-from ..engine import Engine, or_on_cpu
+from ..compare.matching import Assignment
+from ..compute.engine import Engine, or_on_cpu
 from ..errors import FileError, LoraxError, OutputError, printable
-from ..longpath import on_disk
-from ..matching import Assignment
-from ..output import make_folder
-from ..report import TransferReport
-from ..tensorfile import file_hash, file_state
-from ..transfer import transfer_adapter
+from ..files.longpath import on_disk
+from ..files.output import make_folder
+from ..files.tensorfile import file_hash, file_state
+from ..models.base import Base, open_base
+from ..transfer.report import TransferReport
+from ..transfer.run import transfer_adapter
 from ..version import __version__
 from .job import Task
 

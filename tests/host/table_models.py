@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from lorax import Base, open_base
-from lorax.matching import Assignment, match_bases
-from lorax.similarity import pair_scores
+from lorax.compare.matching import Assignment, match_bases
+from lorax.compare.similarity import pair_scores
 
 PREFIX = "model.diffusion_model."
 ADAPTED = re.compile(r"attn|attention|ff|mlp|feed_forward|proj_in|proj_out", re.IGNORECASE)

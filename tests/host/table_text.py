@@ -37,7 +37,7 @@ NOTES = {
     "FouRA": "Unknown to ComfyUI. Copied it stays a FouRA, which `nodes/host.py` applies as the LoRA that it is; "
     "projected it becomes a LoRA, which the stock loader reads.",
     "LoRA-X": "Unknown to ComfyUI. The transfer makes it a LoRA, which the stock loader reads; kept as LoRA-X, it is "
-    "made a LoRA by `lorax.convert.convert_to_lora` and applied by `nodes/host.py`. Both are measured.",
+    "made a LoRA by `lorax.adapters.convert.convert_to_lora` and applied by `nodes/host.py`. Both are measured.",
 }
 STOCK = "stock loader"
 INTRODUCTION = """# Adapters and base models

@@ -21,7 +21,7 @@ from table_models import open_pair
 from table_page import COLUMNS, Results, figure_of, marks_of, parse, render
 from table_text import BOUND, EMPTY, STOCK
 
-from lorax.families import families
+from lorax.models.families import families
 
 PAGE = ROOT / "docs" / "adapters-and-bases.md"
 WRITES = os.environ.get("LORAX_WRITE_TABLE") == "1"

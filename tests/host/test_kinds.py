@@ -33,9 +33,9 @@ from lorax.adapters import (
     load_adapter,
     save_adapter,
 )
-from lorax.base import Base
-from lorax.families import UNKNOWN
-from lorax.layers import Layer, LayerTable
+from lorax.models.base import Base
+from lorax.models.families import UNKNOWN
+from lorax.models.layers import Layer, LayerTable
 
 LINEAR, CONV, SQUARE = (
     Layer("unet.linear", (32, 16)),

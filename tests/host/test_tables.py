@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(ROOT))
 
 from lorax import Adapter, LoraLayer, save_adapter
-from lorax.families import families, recognise
-from lorax.layers import LayerTable, is_swapped
+from lorax.models.families import families, recognise
+from lorax.models.layers import LayerTable, is_swapped
 
 HOME = "diffusion_model."
 PREFIX = re.compile(

@@ -1,4 +1,4 @@
-/** A similarity as lorax/view.py writes it, made by hand: values are numbers or null, row by row. */
+/** A similarity as lorax/show/view.py writes it, made by hand: values are numbers or null, row by row. */
 export function similarity({
   blocks = ["unet.down_blocks.0.attentions.0.transformer_blocks.0", "unet.mid_block.attentions.0.transformer_blocks.0"],
   roles = ["attn1.to_q", "attn1.to_out.0"],

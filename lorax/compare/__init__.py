@@ -1,0 +1,1 @@
+"""How alike two bases are: scores of layers, and the pairing of blocks."""

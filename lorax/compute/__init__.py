@@ -1,0 +1,1 @@
+"""How and where to compute, and what is kept of earlier work."""

@@ -1,0 +1,1 @@
+"""What people see: the terminal, pictures, and pages for a browser."""

@@ -1,0 +1,65 @@
+"""One self-contained page with the views of the nodes: the same JavaScript, and the JSON that it shows."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+# Inside of the package where it is installed, beside it in a checkout.
+PLACES = (Path(__file__).parents[1] / "web", Path(__file__).parents[2] / "web")
+# Each after what it imports.
+SCRIPTS = (
+    "checks",
+    "elements",
+    "texts",
+    "names",
+    "colours",
+    "similarity_data",
+    "heatmap",
+    "bars",
+    "threshold",
+    "similarity_view",
+    "report_data",
+    "report_view",
+    "page",
+)
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
+<title>LoRA-X</title>
+<style>
+{style}
+</style>
+</head>
+<body>
+<main id="lorax-view"></main>
+<script type="application/json" id="lorax-data">{data}</script>
+<script type="module">
+{script}
+</script>
+</body>
+</html>
+"""
+
+
+def page(data: dict[str, Any]) -> str:
+    """Return an HTML page that shows the JSON of a similarity (`similarity_view`) or a transfer (`TransferReport`).
+
+    It asks for nothing else: scripts and style stand in it, and a browser is told to load nothing.
+
+    Args:
+        data: Plain data without NaN. No text of it can end the script that it stands in.
+    """
+    web = next(path for path in PLACES if path.is_dir())
+    scripts = [(web / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    # The files are modules; one after the other they are one, without what ties them.
+    tied = re.compile(r"^import\s[^;]*;\n|^export (?=const |function |class )", re.MULTILINE)
+    return PAGE.format(
+        style="".join((web / name).read_text(encoding="utf-8") for name in ("view.css", "page.css")),
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        script="\n".join(tied.sub("", script) for script in scripts),
+    )

@@ -1,0 +1,1 @@
+"""Moving an adapter from its source base to a target base."""

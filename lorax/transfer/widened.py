@@ -1,0 +1,72 @@
+"""Input layers that read more channels than those of the model they were made of: inpainting, editing, image-to-video.
+
+Such a model reads the channels of its parent first, then masks, masked pictures or the first frame (SD inpainting 9 of
+which 4, InstructPix2Pix 8 of 4, Wan image-to-video 36 of 16, HunyuanVideo 33 of 16; FLUX.1 Fill 384 of 64 and Control
+128 of 64, where the four pixels of a patch stand together for each channel). So the first columns of the flattened
+weight are the shared ones.
+"""
+
+import torch
+from torch import Tensor
+
+from ..adapters import AdapterLayer, DiffLayer, LoraLayer, LoraXLayer, expand
+from ..compute.engine import Engine
+from ..models.base import Base
+from ..models.layers import Layer, LayerTable
+
+# Diffusers' names of input layers. Those of Lumina 2 and Z-Image hold the channels of each pixel of a patch together,
+# and Cosmos reads a mask of its own last, so that theirs do not begin alike.
+INPUTS = {
+    "conv_in", "x_embedder", "x_embedder.proj", "pos_embed.proj", "patch_embedding", "img_in", "proj_in",
+}  # fmt: skip
+OTHER_ORDER = ("lumina2", "z_image", "anima")
+
+
+def shared_channels(source: Base, target: Base, layer_s: Layer, layer_t: Layer) -> int:
+    """Return how many input channels the same input layer of two models of a family shares; 0 where it is no such.
+
+    That is one of another number of channels, while its outputs and its kernel are the same.
+    """
+    same = layer_s.path == layer_t.path in INPUTS and source.family.name == target.family.name not in OTHER_ORDER
+    if not same or layer_s.shape[1] == layer_t.shape[1]:
+        return 0
+    if layer_s.shape[:1] + layer_s.shape[2:] != layer_t.shape[:1] + layer_t.shape[2:]:
+        return 0
+    return min(layer_s.shape[1], layer_t.shape[1])
+
+
+def first_channels(base: Base, layer: Layer, channels: int) -> Base:
+    """Return a base of one layer of another, of which it has the first input channels."""
+    part = _of(layer, channels)
+    columns = part.matrix_shape[1]
+
+    def read(_: Layer) -> Tensor:
+        return base.weight(layer.name)[:, :columns].reshape(part.shape)
+
+    return Base(base.name, base.family, LayerTable([part]), read)
+
+
+def cut(own: AdapterLayer, source: Base, channels: int, engine: Engine) -> AdapterLayer:
+    """Return what an update does to the first input channels, as a LoRA where it is thin, in float32."""
+    layer = source.layers[own.layer.name]
+    part = _of(layer, channels)
+    columns = part.matrix_shape[1]
+    if own.is_thin or isinstance(own, LoraXLayer):
+        B, A = expand(own, source, engine)
+        return LoraLayer.of(part, B, A[:, :columns], torch.float32, own)
+    weight = engine.weight(source, layer.name) if own.needs_weight else None
+    return DiffLayer(part, own.delta_weight(weight).cpu()[:, :columns].reshape(part.shape))
+
+
+def widen(own: AdapterLayer, layer: Layer) -> AdapterLayer:
+    """Return an update of the first input channels as one of all channels of `layer`; the others get none."""
+    more = layer.matrix_shape[1] - own.layer.matrix_shape[1]
+    if isinstance(own, LoraLayer):
+        B, A = own.lora_up, own.lora_down.reshape(own.rank, -1)
+        return LoraLayer(layer, B, torch.nn.functional.pad(A, (0, more)), own.alpha)
+    diff = own.parts()["diff"].flatten(1)
+    return DiffLayer(layer, torch.nn.functional.pad(diff, (0, more)).reshape(layer.shape))
+
+
+def _of(layer: Layer, channels: int) -> Layer:
+    return Layer(layer.name, (layer.shape[0], channels, *layer.shape[2:]), layer.original, layer.rows)
