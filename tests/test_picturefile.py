@@ -85,7 +85,7 @@ def test_no_other_format_is_read_whatever_its_name(tmp_path, kind):
 READ = """
 import sys
 from pathlib import Path
-import PIL.Image, lorax.picturefile
+import PIL.Image, lorax.files.picturefile
 PIL.Image.init()
 sys.addaudithook(lambda event, _: event == "subprocess.Popen" and print("a program"))
 ways = {"ours": lorax.files.picturefile.open_picture, "Pillow's": lambda path: PIL.Image.open(path).load()}

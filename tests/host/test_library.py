@@ -50,7 +50,7 @@ def pack():
     return types.SimpleNamespace(
         host=importlib.import_module("lora_x_pack.nodes.host"),
         lorax=importlib.import_module("lora_x_pack.lorax"),
-        families=importlib.import_module("lora_x_pack.lorax.families").families(),
+        families=importlib.import_module("lora_x_pack.lorax.models.families").families(),
     )
 
 
