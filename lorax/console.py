@@ -60,7 +60,7 @@ def print_report(report: "TransferReport") -> None:
     """Print what a transfer did, by kind of layer, and what to know and do."""
     from .transfer.report import Outcome
 
-    table = Table("kind of layer", "layers", "arrived", "similarity", "energy kept", box=None)
+    table = Table("kind of layer", "layers", "arrived", "similarity", "norm kept", box=None)
     kinds: dict[str, list[Any]] = {}
     missing = {row.source for row in report.missing}
     for row in report.rows:
@@ -68,7 +68,7 @@ def print_report(report: "TransferReport") -> None:
         kinds.setdefault(f"{layer.component}:{layer.kind}", []).append(row)
     for kind, rows in kinds.items():
         layers = {row.source for row in rows}
-        similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_energy for row in rows])
+        similar, kept = _mean([row.corrected for row in rows]), _mean([row.retained_norm for row in rows])
         table.add_row(printable(kind), str(len(layers)), str(len(layers - missing)), similar, kept)
     say.print(table)
     for line in report.assignment.summary:

@@ -98,7 +98,7 @@ def test_each_method(bases, wide, loaded, method, engine, tolerance):
         same(again, first, target, 0.0)
         for ours, cpus in zip(report.rows, on_cpu.rows, strict=True):
             assert (ours.source, ours.target, ours.outcome) == (cpus.source, cpus.target, cpus.outcome)
-            assert ours.retained_energy == pytest.approx(cpus.retained_energy, abs=tolerance, nan_ok=True)
+            assert ours.retained_norm == pytest.approx(cpus.retained_norm, abs=tolerance, nan_ok=True)
 
 
 @pytest.fixture(scope="module")

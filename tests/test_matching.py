@@ -199,6 +199,15 @@ def test_an_assignment_can_be_saved_edited_and_fed_back(anima_bases, tmp_path):
         load_assignment(path, source, target)
 
 
+def test_an_assignment_in_a_report_of_version_1_is_still_read(bases, tmp_path):
+    """As the releases before version 2 of reports wrote it, but for its rows."""
+    block, path = bases[1].layers["unet.mid_block.attentions.0.proj_in"].block, tmp_path / "report.json"
+    saved = {"schema": "lorax-assignment", "schema_version": 1, "matching": "auto", "pairs": {block: ""}, "ways": {}}
+    report = {"schema": "lorax-transfer", "schema_version": 1, "retained_energy": 1.0, "warnings": ["weak effect"]}
+    path.write_text(json.dumps(report | {"rows": [], "assignment": saved}))
+    assert load_assignment(path, *bases).pairs == {block: ""}
+
+
 @pytest.mark.slow
 def test_every_surviving_block_is_found_where_argmax_errs(tmp_path):
     source, target, truth = pruned_pair(tmp_path, change=8)

@@ -175,9 +175,9 @@ def test_text_from_files_stays_text(show, data):
     assert HOSTILE in opened.locator(".lorax-title").inner_text()
     assert opened.evaluate("[window.hacked, document.images.length]") == [None, 0]
     row = {"source": HOSTILE, "target": HOSTILE, "outcome": "transferred", "note": HOSTILE, "corrected": 0.5}
-    report = {"schema": "lorax-transfer", "schema_version": 1, "rows": [row], "layers": 1, "warnings": [HOSTILE]}
+    report = {"schema": "lorax-transfer", "schema_version": 2, "rows": [row], "layers": 1, "warnings": [HOSTILE]}
     report |= {"adapter": HOSTILE, "source": "", "target": "", "method": "auto", "rank": 1, "threshold": 0.0}
-    report |= {"summary": "", "retained_energy": 1.0, "suggested_strength": 1.0, "unused": {HOSTILE: HOSTILE}}
+    report |= {"summary": "", "retained_norm": 1.0, "suggested_strength": 1.0, "unused": {HOSTILE: HOSTILE}}
     opened = show(page(report))
     opened.locator(".lorax-row").click()
     assert HOSTILE in details(opened)
@@ -185,7 +185,8 @@ def test_text_from_files_stays_text(show, data):
 
 
 BAD = {
-    "another version": (lambda data: data | {"schema_version": 2}, "version 2"),
+    "another version": (lambda data: data | {"schema_version": 9}, "version 9"),
+    "an older version": (lambda data: data | {"schema_version": 1}, "older version"),
     "no version": (lambda data: {"schema": data["schema"]}, "cannot read"),
     "cut off": (lambda data: data | {"pairs": data["pairs"][:-3]}, "damaged"),
     "without a table": (lambda data: data | {"targets": None}, "damaged"),
@@ -195,7 +196,7 @@ BAD = {
     ),
     "a word for a number": (lambda data: data | {"pairs": [[0, 0, "a", 1, 1], *data["pairs"][1:]]}, "damaged"),
     "a report of another version": (lambda data: {"schema": "lorax-transfer", "schema_version": 0}, "version 0"),
-    "a report cut off": (lambda data: {"schema": "lorax-transfer", "schema_version": 1, "rows": [{}]}, "damaged"),
+    "a report cut off": (lambda data: {"schema": "lorax-transfer", "schema_version": 2, "rows": [{}]}, "damaged"),
 }
 
 

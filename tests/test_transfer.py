@@ -51,7 +51,7 @@ def lora_x(bases):
 def test_copy_is_bit_exact(bases, lora):
     result, report = transfer_adapter(lora, *bases, method="copy")
     assert report.outcomes == {Outcome.TRANSFERRED: len(lora.layers)}
-    assert report.retained_energy == pytest.approx(1)
+    assert report.retained_norm == pytest.approx(1)
     for name, own in lora.layers.items():
         assert torch.equal(result.layers[name].lora_up, own.lora_up)
         assert torch.equal(result.layers[name].lora_down, own.lora_down)
@@ -70,9 +70,9 @@ def test_result_keeps_rank_alpha_and_dtype(tmp_path, bases, method):
         moved = result.layers[name]
         assert (moved.rank, moved.alpha, moved.dtype) == (own.rank, own.alpha, torch.float16)
     for row in report.rows:
-        if row.retained_energy is not None:
-            assert 0 <= row.retained_energy <= 1.001
-    assert 0 < report.retained_energy < 1
+        if row.retained_norm is not None:
+            assert 0 <= row.retained_norm <= 1.001
+    assert 0 < report.retained_norm < 1
 
 
 def test_report_rows_tell_the_truth(bases, lora):
@@ -175,13 +175,13 @@ def test_lora_x_is_projected_and_can_stay_lora_x(bases, lora_x):
         diagonal = (U_t * M.diagonal()) @ Vh_t
         torch.testing.assert_close(dense.layers[name].delta_weight().double(), diagonal, rtol=0, atol=1e-4)
         assert kept.layers[name].fingerprint == target.fingerprint(name)
-    assert kept_report.retained_energy < report.retained_energy <= 1
+    assert kept_report.retained_norm < report.retained_norm <= 1
 
 
 def test_lora_x_on_its_own_base_is_itself(bases, lora_x):
     result, report = transfer_adapter(lora_x, bases[0], bases[0], rank=16, output_format="lora-x")
     assert {row.method for row in report.rows} == {"orthogonal"}
-    assert report.retained_energy == pytest.approx(1, abs=1e-4)
+    assert report.retained_norm == pytest.approx(1, abs=1e-4)
     for name, own in lora_x.layers.items():
         torch.testing.assert_close(result.layers[name].delta, own.delta, rtol=0, atol=1e-4)
 
@@ -330,7 +330,7 @@ def test_options_out_of_range(bases, lora, options):
 
 def test_a_weak_effect_is_said_with_advice(bases, lora):
     _, report = transfer_adapter(lora, *bases, method="project", rank=2)
-    assert report.retained_energy < 0.5
+    assert report.retained_norm < 0.5
     assert any("weak effect" in text and "copy" in text and "strength" in text for text in report.warnings)
 
 
@@ -341,7 +341,7 @@ def test_the_advice_looks_at_what_was_lost(bases, lora):
         target, read=lambda layer: target.read(layer) if "ff.net" in layer.name else torch.randn(layer.shape)
     )
     _, report = transfer_adapter(lora, source, unrelated, threshold=0.5)
-    assert 0 < report.retained_energy < 0.5
+    assert 0 < report.retained_norm < 0.5
     assert report.outcomes[Outcome.BELOW_THRESHOLD] > 20
     assert any("weak effect" in text and "a lower threshold" in text for text in report.warnings)
 
@@ -352,7 +352,7 @@ def test_an_update_of_zero(bases, tmp_path):
     save_file(tensors, tmp_path / "zero.safetensors")
     adapter = load_adapter(tmp_path / "zero.safetensors", bases[0])
     result, report = transfer_adapter(adapter, *bases, method="project", rank=8)
-    assert math.isnan(report.retained_energy)
+    assert math.isnan(report.retained_norm)
     assert all(not own.delta_weight().any() for own in result.layers.values())
     jsonschema.validate(report.to_json(), REPORT_SCHEMA)
 
@@ -434,12 +434,12 @@ def test_no_strength_makes_up_for_what_is_left_out_on_purpose(bases, lora):
 
     drifted = replace(target, read=read)
     _, report = transfer_adapter(lora, source, drifted, method="orthogonal", threshold=-1e9)
-    assert report.retained_energy < 0.01
+    assert report.retained_norm < 0.01
     assert report.suggested_strength == 1
     assert "left out" in report.summary
     assert not any("weak effect" in text for text in report.warnings)
     _, report = transfer_adapter(lora, source, target, method="project", rank=8)
-    assert report.suggested_strength == pytest.approx(min(4, 1 / report.retained_energy))
+    assert report.suggested_strength == pytest.approx(min(4, 1 / report.retained_norm))
 
 
 def test_copy_does_what_a_lora_x_does_on_its_source(bases, lora_x):

@@ -88,11 +88,11 @@ def test_layers_of_unknown_norm_are_not_nothing(count, bases, tmp_path):
     _, report = transfer_adapter(adapter, *bases, method="copy")
     known = report.layers - count
     assert report.arrived == known
-    assert report.retained_energy == pytest.approx(1)
+    assert report.retained_norm == pytest.approx(1)
     assert report.summary.startswith(f"{known} of {known + count} layers arrived, 100% of the update's norm kept")
     assert f"({count} of unknown norm not counted)" in report.summary
     rows = report.to_json()["rows"]
-    assert sum(row["source_norm"] is None and row["retained_energy"] is None for row in rows) == count
+    assert sum(row["source_norm"] is None and row["retained_norm"] is None for row in rows) == count
     layers = {name: own for name, own in adapter.layers.items() if "elsewhere" in name}
     layers[LAYER] = replace(adapter.layers[LAYER], alpha=0.0)
     _, report = transfer_adapter(replace(adapter, layers=layers), *bases)
@@ -104,7 +104,7 @@ def test_no_strength_is_suggested_where_layers_are_missing(bases, tmp_path):
     target = bases[1]
     fewer = LayerTable(layer for layer in target.layers.values() if "mid_block" not in layer.name)
     _, report = transfer_adapter(adapter, bases[0], replace(target, layers=fewer), method="project", rank=2)
-    assert 0 < report.retained_energy < 0.5
+    assert 0 < report.retained_norm < 0.5
     assert report.suggested_strength is report.to_json()["suggested_strength"] is None
     assert report.summary.endswith("no strength is suggested, as layers are missing")
     assert [text for text in report.warnings if "weak effect" in text]
@@ -121,7 +121,7 @@ def test_only_what_orthogonal_left_out_is_said_to_be_left_out(bases, tmp_path):
     source, target = bases
     larger = replace(target, read=lambda layer: 1.2 * target.read(layer))
     _, report = transfer_adapter(adapter_of(tensors, source, tmp_path), source, larger, method="copy")
-    assert report.retained_energy > 1.05
+    assert report.retained_norm > 1.05
     assert report.summary.endswith("suggested strength 1.00 (all of it arrived)")
     half = {key: tensor.half() for key, tensor in lora_tensors(source).items()}
     _, report = transfer_adapter(adapter_of(half, source, tmp_path), source, source, method="orthogonal")

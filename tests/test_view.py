@@ -15,7 +15,7 @@ from lorax.compare.matching import Assignment, match_bases
 from lorax.compare.scores import ScoreTable
 from lorax.compare.similarity import KindSimilarity, Similarity
 from lorax.models.layers import Layer
-from lorax.show.view import LOWEST, MOST_CELLS, STEP, similarity_view
+from lorax.show.view import MOST_CELLS, similarity_view
 from lorax.transfer.report import ARRIVED
 from tests.scored import layout
 
@@ -31,6 +31,7 @@ def test_every_pair_is_there_to_half_a_step(bases, attention_only):
     similarity = compare_bases(*bases, attention_only=attention_only)
     view = similarity_view(similarity, *bases, match_bases(*bases))
     jsonschema.validate(view, SCHEMA)
+    lowest, step = view["scale"]["lowest"], view["scale"]["step"]
     assert [kind["kind"] for kind in view["kinds"]] == [kind.kind for kind in similarity.kinds]
     for kind, scores in zip(view["kinds"], similarity.kinds, strict=True):
         for side, layers in (("sources", scores.sources), ("targets", scores.targets)):
@@ -42,7 +43,7 @@ def test_every_pair_is_there_to_half_a_step(bases, attention_only):
                 lower = min((value for value in sides if not math.isnan(value)), default=math.nan)
                 assert (code == 0) == math.isnan(lower)
                 if code:
-                    assert LOWEST + STEP * (int(code) - 1) == pytest.approx(max(lower, LOWEST), abs=STEP / 2 + 1e-9)
+                    assert lowest + step * (int(code) - 1) == pytest.approx(max(lower, lowest), abs=step / 2 + 1e-9)
 
 
 def test_the_layers_are_in_the_order_of_the_model_with_their_shapes(bases):

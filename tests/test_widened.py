@@ -111,7 +111,7 @@ def test_the_other_way_the_channels_that_the_target_lacks_are_cut_and_count_as_l
         result, report = transfer_adapter(adapter, source, target, method="copy", threshold=-9, dtype=torch.float32)
         arrived = dense(result.layers[name], target)
         torch.testing.assert_close(arrived, dW[:, :columns], rtol=1e-3, atol=1e-4 * float(dW.norm()))
-        assert report.retained_energy == pytest.approx(float(arrived.norm() / dW.norm()), rel=1e-3)
+        assert report.retained_norm == pytest.approx(float(arrived.norm() / dW.norm()), rel=1e-3)
 
 
 def test_they_are_compared_by_the_channels_that_they_share():

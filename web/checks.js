@@ -2,6 +2,7 @@
 
 /** As many as a file may hold tensors (lorax/files/tensorfile.py); models have some thousand layers. */
 export const MOST_ITEMS = 20_000;
+const VERSION = 2; // of both schemas, see lorax/transfer/report.py and lorax/show/view.py
 const LARGEST = 3.5e38; // beyond every float32
 const MOST_CHARACTERS = 10_000; // ten times the longest name of a tensor that is read
 
@@ -13,10 +14,12 @@ export class Problem extends Error {
   }
 }
 
-/** Throw a Problem unless data says that it is of a schema and version that the views read. */
-export function checkSchema(data, schema) {
+/** Throw a Problem unless data says that it is of one of some schemas, and of the version that the views read. */
+export function checkSchema(data, ...schemas) {
   if (typeof data !== "object" || data === null) throw new Problem("damaged", { what: "JSON" });
-  if (data.schema === schema && data.schema_version === 1) return;
+  const known = schemas.includes(data.schema);
+  if (known && data.schema_version === VERSION) return;
+  if (known && data.schema_version === VERSION - 1) throw new Problem("old_version");
   const [found, version] = [data.schema, data.schema_version].map((value) =>
     ["string", "number"].includes(typeof value) ? String(value).slice(0, 100) : "?",
   );

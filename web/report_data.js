@@ -26,8 +26,8 @@ const UNUSED = 20;
  * @throws {Problem} what came is of another version, damaged, or empty
  */
 export function readReport(data) {
-  const plain = data?.schema === PACKED ? unpackReport(data) : data;
-  checkSchema(plain, REPORT_SCHEMA);
+  checkSchema(data, REPORT_SCHEMA, PACKED);
+  const plain = data.schema === PACKED ? unpackReport(data) : data;
   const rows = list(plain.rows, "rows").map((row) => {
     if (!Object.hasOwn(SIGNS, word(row?.outcome, "rows"))) throw new Problem("damaged", { what: "rows" });
     return {
@@ -41,7 +41,7 @@ export function readReport(data) {
       left: number(row.left?.phi ?? null, "rows"),
       right: number(row.right?.phi ?? null, "rows"),
       corrected: number(row.corrected ?? null, "rows"),
-      kept: number(row.retained_energy ?? null, "rows"),
+      kept: number(row.retained_norm ?? null, "rows"),
     };
   });
   // A layer that feeds several counts once; workflows of before that was so counted its rows.
@@ -60,7 +60,7 @@ export function readReport(data) {
     threshold: number(plain.threshold, "threshold"),
     summary: word(plain.summary, "summary"),
     warnings: list(plain.warnings, "warnings").map((warning) => word(warning, "warnings")),
-    kept: number(plain.retained_energy, "retained_energy"),
+    kept: number(plain.retained_norm, "retained_norm"),
     strength: number(plain.suggested_strength, "suggested_strength"),
     layers,
     arrived: through.size,
@@ -130,7 +130,7 @@ export function packReport(report) {
     round(row.left?.phi),
     round(row.right?.phi),
     round(row.corrected),
-    round(row.retained_energy),
+    round(row.retained_norm),
     place(row.note),
   ]);
   const unused = Object.entries(report.unused ?? {});
@@ -158,7 +158,7 @@ function unpackReport({ words, rows, ...rest }) {
       left: { phi: left },
       right: { phi: right },
       corrected,
-      retained_energy: kept,
+      retained_norm: kept,
       note: said(note),
     };
   });

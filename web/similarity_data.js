@@ -5,8 +5,6 @@ import { GROUP_NAMES, groupOf, stageOf } from "./names.js";
 
 const SIMILARITY_SCHEMA = "lorax-similarity-view";
 const MOST_CELLS = 2 ** 22; // of a map: 2,048 x 2,048 blocks
-const LOWEST = -0.27;
-const STEP = 0.005;
 
 /**
  * Read a similarity.
@@ -17,7 +15,8 @@ export function readSimilarity(data) {
   checkSchema(data, SIMILARITY_SCHEMA);
   const shapes = list(data.shapes, "shapes").map((shape) => list(shape, "shapes").map((side) => number(side, "shapes")));
   const [sources, targets] = ["sources", "targets"].map((side) => readTable(data[side], shapes, side));
-  const kinds = list(data.kinds, "kinds").map((kind) => readKind(kind, sources, targets));
+  const [lowest, step] = ["lowest", "step"].map((part) => number(data.scale?.[part], "scale"));
+  const kinds = list(data.kinds, "kinds").map((kind) => readKind(kind, sources, targets, { lowest, step }));
   const pairs = list(data.pairs, "pairs").map((pair) => {
     const [target, source, left, right, corrected] = list(pair, "pairs");
     return {
@@ -32,7 +31,8 @@ export function readSimilarity(data) {
   if (!pairs.length) throw new Problem("no_layers");
   for (const { kind, sides } of kinds) for (const layer of sides.flat()) layer.group = groupOf(kind);
   const [source, target] = [data.source, data.target].map((name) => word(name, "names"));
-  return { source, target, rank: data.rank === null ? null : number(data.rank, "rank"), sources, targets, kinds, pairs };
+  const rank = data.rank === null ? null : number(data.rank, "rank");
+  return { source, target, rank, sources, targets, kinds, pairs, least: lowest + step };
 }
 
 function readTable(table, shapes, side) {
@@ -45,7 +45,7 @@ function readTable(table, shapes, side) {
   });
 }
 
-function readKind(kind, sources, targets) {
+function readKind(kind, sources, targets, { lowest, step }) {
   const sides = [
     list(kind?.sources, "kinds").map((place) => item(sources, place, "kinds")),
     list(kind.targets, "kinds").map((place) => item(targets, place, "kinds")),
@@ -62,7 +62,7 @@ function readKind(kind, sources, targets) {
   if (bytes.length !== sides[0].length * sides[1].length) throw new Problem("damaged", { what: found.kind });
   found.values = Float32Array.from(bytes, (byte) => {
     const code = byte.charCodeAt(0);
-    return code ? LOWEST + STEP * (code - 1) : NaN;
+    return code ? lowest + step * (code - 1) : NaN;
   });
   return found;
 }

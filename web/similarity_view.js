@@ -20,7 +20,6 @@ import { HIGH, LOW, STEPS, thresholdSlider } from "./threshold.js";
 
 const MANY = 1000;
 const SIMILARITY_STATE = { group: "", stage: "", pinned: "", threshold: 0 }; // what the user chose
-const LEAST = -0.265; // the map keeps no lower values, see lorax/show/view.py
 
 /**
  * Return the view.
@@ -168,7 +167,7 @@ export function similarityView({ onState, onThreshold, note }) {
     const place = row * map.columns.length + column;
     const [value, count] = [map.values[place], map.counts[place]];
     const pair = cellCounts.get(place);
-    const words = value <= LEAST ? "lowest_of" : "mean_of";
+    const words = value <= model.least ? "lowest_of" : "mean_of";
     const sizes = (side, block) => {
       const layers = model[side].filter((layer) => layer.block === block);
       const found = [...new Set(layers.map(({ shape }) => shape.join(" × ")))];

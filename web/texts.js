@@ -6,6 +6,7 @@ export const ENGLISH = {
   waiting_loss: "Queue the workflow: the loss appears here.",
   unknown_schema:
     "This view cannot read {schema}, version {version}. Queue the workflow again, or use the lorax that wrote it.",
+  old_version: "An older version of lorax made this. Queue the workflow again.",
   damaged: "The report is damaged ({what}). Queue the workflow again.",
   too_many: "The report has {count} {what}; this view shows at most {most}.",
   failed: "This view cannot show what came ({what}). The other nodes are not concerned.",

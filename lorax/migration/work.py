@@ -111,7 +111,7 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
     save_adapter(moved, path, naming=options.naming, inputs=[file])
     written = file_hash(path)
     times = [round(value, 4) for value in (read - start, finished - read, time.perf_counter() - finished)]
-    share = report.retained_energy
+    share = report.retained_norm
     return Record(
         task.name,
         task.output,

@@ -75,7 +75,7 @@ def retained_picture(report: TransferReport) -> Image.Image:
     plot = max(bar * len(report.rows), 420)
     image = Image.new("RGB", (left + plot + 20, top + height + 74), PAPER)
     draw = ImageDraw.Draw(image)
-    total = f"{report.retained_energy:.0%}" if math.isfinite(report.retained_energy) else "nothing"
+    total = f"{report.retained_norm:.0%}" if math.isfinite(report.retained_norm) else "nothing"
     _text(draw, (20, 10), f"{_short(report.adapter)}: {total} of the update's norm arrives", 17)
     _text(draw, (20, 34), f"{_short(report.source)} to {_short(report.target)}, method {report.method}", 13, FAINT)
     for share in (0, 0.25, 0.5, 0.75, 1):
@@ -85,7 +85,7 @@ def retained_picture(report: TransferReport) -> Image.Image:
     stage, free = "", left
     for i, row in enumerate(report.rows):
         x = left + i * bar
-        kept = min(row.retained_energy, 1) if math.isfinite(row.retained_energy) else 0
+        kept = min(row.retained_norm, 1) if math.isfinite(row.retained_norm) else 0
         ink = ARRIVED_INK if row.outcome in ARRIVED else LOST_INK
         tall = round(kept * height) if row.outcome in ARRIVED else height // 40
         draw.rectangle((x, top + height - tall, x + bar - 1, top + height), fill=ink)

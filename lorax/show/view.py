@@ -13,7 +13,7 @@ from ..models.base import Base
 from ..models.layers import Layer
 from ..transfer.report import lower
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # A pair is one byte: 0 is no value, b is LOWEST + STEP * (b - 1), so 255 is 1. What is lower counts as LOWEST.
 LOWEST, STEP = -0.27, 0.005
 # 560 x 560 layers fit; above this (half a megabyte of text) only the pairs are kept, without the map.
@@ -44,6 +44,7 @@ def similarity_view(similarity: Similarity, source: Base, target: Base, assignme
         "target": similarity.target,
         "rank": similarity.rank,
         "matching": assignment.matching,
+        "scale": {"lowest": LOWEST, "step": STEP},
         "shapes": [list(shape) for shape in shapes],
         "sources": sources.to_json(),
         "targets": targets.to_json(),

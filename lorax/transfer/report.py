@@ -13,7 +13,8 @@ from ..errors import OptionError
 from ..models.layers import Layer
 from ..options import Choice
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+SIMILARITY_VERSION = 1
 # Pairs that are written as JSON, 360 bytes each in memory. All pairs of SDXL's attention layers are 80,000.
 MOST_JSON = 2**20
 # Below this share of the update's norm the user sees little of the adapter. The ICLR 2025 paper (table 2) loses 10 to
@@ -82,7 +83,7 @@ class Row:
         return lower(self.left, self.right)
 
     @property
-    def retained_energy(self) -> float:
+    def retained_norm(self) -> float:
         """`||delta_weight after||_F / ||delta_weight before||_F`; NaN for an update of zero or of unknown norm."""
         return self.target_norm / self.source_norm if self.source_norm else math.nan
 
@@ -103,7 +104,7 @@ class Row:
             "left": _score(self.left),
             "right": _score(self.right),
             "corrected": _number(self.corrected),
-            "retained_energy": _number(self.retained_energy),
+            "retained_norm": _number(self.retained_norm),
             "source_norm": _number(self.source_norm),
             "target_norm": _number(self.target_norm),
             "note": self.note,
@@ -153,7 +154,7 @@ class TransferReport:
         return self.layers - len(self.missing)
 
     @property
-    def retained_energy(self) -> float:
+    def retained_norm(self) -> float:
         """`||all updates after||_F / ||all updates before||_F`, over every row; what did not arrive counts as lost.
 
         Rows of unknown norm are left out; NaN where no other has an update that is not zero.
@@ -178,7 +179,7 @@ class TransferReport:
 
     @property
     def _kept(self) -> float:
-        """As `retained_energy`, of what should arrive."""
+        """As `retained_norm`, of what should arrive."""
         return self._share([row.wanted_norm for row in self._known])
 
     def _share(self, norms: list[float]) -> float:
@@ -189,7 +190,7 @@ class TransferReport:
     def summary(self) -> str:
         """The verdict in words: layers that arrived, norm that was kept, the strength to use and why."""
         head, unknown = f"{self.arrived} of {self.layers} layers arrived", len(self.rows) - len(self._known)
-        retained, strength = self.retained_energy, self.suggested_strength
+        retained, strength = self.retained_norm, self.suggested_strength
         if not math.isfinite(retained):
             return f"{head}; {f'the norm of {unknown} is not known' if unknown else 'the update is zero'}"
         head += f", {retained:.0%} of the update's norm kept"
@@ -200,7 +201,7 @@ class TransferReport:
         reason = "all of it arrived"
         if f"{strength:.2f}" != "1.00":
             reason = "to make up for what was lost"
-        elif self.retained_energy < self._kept * (1 - NORM_ROUNDING):
+        elif self.retained_norm < self._kept * (1 - NORM_ROUNDING):
             reason = "what the target does already is left out"
         return f"{head}; suggested strength {strength:.2f} ({reason})"
 
@@ -212,7 +213,7 @@ class TransferReport:
             strength = self.suggested_strength
             louder = f", or a strength of about {strength:.1f}" if strength else ""
             found.append(
-                f"weak effect: only {self.retained_energy:.0%} of the update's norm arrives; try {self._advice}{louder}"
+                f"weak effect: only {self.retained_norm:.0%} of the update's norm arrives; try {self._advice}{louder}"
             )
         if self.missing:
             outcomes = Counter(row.outcome for row in self.missing)
@@ -252,7 +253,7 @@ class TransferReport:
             "layers": self.layers,
             "arrived": self.arrived,
             "outcomes": {str(outcome): count for outcome, count in self.outcomes.items()},
-            "retained_energy": _number(self.retained_energy),
+            "retained_norm": _number(self.retained_norm),
             "suggested_strength": self.suggested_strength,
             "summary": self.summary,
             "warnings": self.warnings,
@@ -285,7 +286,7 @@ def similarity_json(similarity: Similarity) -> dict[str, Any]:
 
     return {
         "schema": "lorax-similarity",
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SIMILARITY_VERSION,
         "source": similarity.source,
         "target": similarity.target,
         "rank": similarity.rank,

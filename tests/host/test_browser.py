@@ -286,7 +286,8 @@ def test_a_new_threshold_in_the_transfer_is_seen_and_only_a_free_one_is_set(host
 
 BROKEN = {
     "another version": ({"schema": "lorax-similarity-view", "schema_version": 9}, "version 9"),
-    "cut off": ({"schema": "lorax-similarity-view", "schema_version": 1}, "damaged"),
+    "an older version": ({"schema": "lorax-similarity-view", "schema_version": 1, "rank": None}, "older version"),
+    "cut off": ({"schema": "lorax-similarity-view", "schema_version": 2}, "damaged"),
     "a word": ("<img src=x onerror='window.hacked = 1'>", "damaged"),
 }
 
@@ -310,11 +311,12 @@ SIDE = {"blocks": ["unet"], "roles": ["conv_in"], "layers": [[0, 0, 0]]}
 KIND = {"kind": "unet:conv_in", "sources": [0], "targets": [0], "corrected": "/w=="}
 ROW = {"source": "unet.conv_in", "target": "unet.conv_in", "outcome": "transferred", "corrected": 0.5}
 SOUND = {
-    "LoraXSimilarity": {"schema": "lorax-similarity-view", "schema_version": 1, "source": "a", "target": "b"}
-    | {"rank": None, "shapes": [[4, 4]], "sources": SIDE, "targets": SIDE, "kinds": [KIND], "pairs": [[0, 0, 1, 1, 1]]},
-    "LoraXTransfer": {"schema": "lorax-transfer", "schema_version": 1, "adapter": "x", "source": "a", "target": "b"}
+    "LoraXSimilarity": {"schema": "lorax-similarity-view", "schema_version": 2, "source": "a", "target": "b"}
+    | {"rank": None, "scale": {"lowest": -0.27, "step": 0.005}, "shapes": [[4, 4]], "sources": SIDE, "targets": SIDE}
+    | {"kinds": [KIND], "pairs": [[0, 0, 1, 1, 1]]},
+    "LoraXTransfer": {"schema": "lorax-transfer", "schema_version": 2, "adapter": "x", "source": "a", "target": "b"}
     | {"method": "auto", "rank": 1, "threshold": 0.0, "rows": [ROW], "layers": 1, "warnings": [], "unused": {}}
-    | {"summary": "", "retained_energy": 1.0, "suggested_strength": 1.0},
+    | {"summary": "", "retained_norm": 1.0, "suggested_strength": 1.0},
     "LoraXTrain": {"steps": [1, 2], "losses": [1.0, 0.5], "total": 2},
 }  # fmt: skip
 POINTS = {"steps": [1] * 500_000, "losses": [1.0] * 500_000, "total": 1}

@@ -25,15 +25,41 @@ test("of many unused tensors some are kept, and their number", () => {
   expect([found.unused.length, found.unusedCount]).toEqual([20, 300]);
 });
 
+/** What workflow files of version 1 hold. */
+const OLD = {
+  schema: "lorax-transfer-packed",
+  schema_version: 1,
+  adapter: "style",
+  source: "a",
+  target: "b",
+  method: "auto",
+  rank: 320,
+  threshold: 0,
+  layers: 1,
+  arrived: 1,
+  retained_energy: 0.9,
+  suggested_strength: 1,
+  summary: "1 of 1 layers arrived",
+  warnings: [],
+  words: ["transferred", "orthogonal", ""],
+  rows: [["unet.mid_block.attentions.0.proj_in", 0, 0, 1, 0, 0.9, 0.9, 0.8, 0.9, 2]],
+  unused: {},
+  unused_count: 0,
+};
+
 describe("what cannot be read says why", () => {
   test.each([
     ["nothing", null, "damaged"],
     ["another version", { ...report(), schema_version: 7 }, "unknown_schema"],
+    ["an older version", { ...report(), schema_version: 1 }, "old_version"],
+    ["an older version, packed", OLD, "old_version"],
+    ["an older version, packed and cut off", { ...OLD, words: undefined, rows: [[]] }, "old_version"],
+    ["another version, packed", { ...packReport(report()), schema_version: 7 }, "unknown_schema"],
     ["another schema", { schema: "lorax-assignment", schema_version: 1 }, "unknown_schema"],
     ["rows cut off", { ...report(), rows: report().rows.slice(1) }, "damaged"],
     ["no rows", { ...report(), rows: undefined }, "damaged"],
     ["no layers", { ...report([]), layers: 0 }, "no_layers"],
-    ["NaN", { ...report(), retained_energy: NaN }, "damaged"],
+    ["NaN", { ...report(), retained_norm: NaN }, "damaged"],
     ["an outcome of the future", { ...report(), rows: [{ source: "x", outcome: "lost" }], layers: 1 }, "damaged"],
     ["packed, words cut off", { ...packReport(report()), words: [] }, "damaged"],
     ["packed, without rows", { ...packReport(report()), rows: null }, "damaged"],
@@ -64,7 +90,7 @@ test("a layer that feeds several counts once, an update that was not read as a l
 
 test("what is lost with layers of unknown norm cannot be said", () => {
   const data = report(["transferred", "not readable"]);
-  data.rows[1].retained_energy = null;
+  data.rows[1].retained_norm = null;
   expect(readReport(data).isMeasured).toBe(false);
 });
 

@@ -24,6 +24,11 @@ describe("what is read", () => {
     expect(model.pairs[0]).toMatchObject({ left: 0.97, right: 0.95, corrected: 0.9 });
   });
 
+  test("the scale is that of the data", () => {
+    const model = readSimilarity({ ...similarity({ value: () => -0.27 }), scale: { lowest: 0.25, step: 0.5 } });
+    expect([model.kinds[0].values[0], model.least]).toEqual([0.25, 0.75]);
+  });
+
   test("a byte is a value to half a step of 0.005, and 0 is none", () => {
     for (let value = -0.27; value <= 1; value += 0.0137) {
       const [found] = readSimilarity(similarity({ value: () => value })).kinds[0].values;
@@ -43,7 +48,9 @@ describe("what cannot be read says why", () => {
     ["nothing", () => readSimilarity(null), "damaged"],
     ["text", () => readSimilarity("{"), "damaged"],
     ["another schema", broken((data) => (data.schema = "lorax-transfer")), "unknown_schema"],
-    ["another version", broken((data) => (data.schema_version = 2)), "unknown_schema"],
+    ["another version", broken((data) => (data.schema_version = 7)), "unknown_schema"],
+    ["an older version", broken((data) => (data.schema_version = 1) && delete data.scale), "old_version"],
+    ["no scale", broken((data) => delete data.scale), "damaged"],
     ["no layers", () => readSimilarity(similarity({ blocks: [] })), "no_layers"],
     ["pairs cut off", broken((data) => data.pairs.pop()), "damaged"],
     ["a map cut off", broken((data) => (data.kinds[0].corrected = data.kinds[0].corrected.slice(4))), "damaged"],

@@ -19,11 +19,12 @@ export function similarity({
   const pairs = layers.map(([b, r], place) => [place, place, 0.97, 0.95, value(b, b, r)]);
   return {
     schema: "lorax-similarity-view",
-    schema_version: 1,
+    schema_version: 2,
     source: "a",
     target: "b",
     rank: null,
     matching: "auto",
+    scale: { lowest: -0.27, step: 0.005 },
     shapes: [[320, 320]],
     sources: table,
     targets: table,
@@ -52,7 +53,7 @@ export function report(outcomes = ["transferred", "below threshold", "not in tar
       left: gone ? null : score,
       right: gone ? null : score,
       corrected: gone ? null : 0.123456789,
-      retained_energy: through ? 0.3 : 0,
+      retained_norm: through ? 0.3 : 0,
       source_norm: 1,
       target_norm: through ? 0.3 : 0,
       note: "",
@@ -60,7 +61,7 @@ export function report(outcomes = ["transferred", "below threshold", "not in tar
   });
   return {
     schema: "lorax-transfer",
-    schema_version: 1,
+    schema_version: 2,
     adapter: "style",
     source: "a",
     target: "b",
@@ -71,7 +72,7 @@ export function report(outcomes = ["transferred", "below threshold", "not in tar
     layers: rows.length,
     arrived: 1,
     outcomes: {},
-    retained_energy: 0.3,
+    retained_norm: 0.3,
     suggested_strength: 3.33,
     summary: "1 of 3 layers arrived",
     warnings: ["weak effect"],
