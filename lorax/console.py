@@ -80,7 +80,7 @@ def print_report(report: "TransferReport") -> None:
             say.print(f"kept unchanged: {component} layers, {printable(row.note)}")
             break
     for warning in report.warnings:
-        warn(printable(warning))
+        warn(printable(str(warning)))
 
 
 def print_migration(summary: "Summary") -> None:

@@ -5,11 +5,12 @@ import json
 import jsonschema
 import pytest
 
-from lorax import compare_bases, open_base
+from lorax import Outcome, Row, TransferReport, compare_bases, open_base
 from lorax.compare.matching import match_bases
 from lorax.models.layers import Layer
 from lorax.show.page import page
 from lorax.show.view import similarity_view
+from lorax.transfer.notes import Code, Note
 from tests.chromium import chromium, overlaps, picture, watched
 from tests.conftest import REPORT_SCHEMA, small_base
 from tests.scored import layout
@@ -165,6 +166,18 @@ def test_the_count_follows_the_threshold(show, data):
     assert opened.locator(".lorax-note").inner_text().endswith(f"--threshold {threshold:.2f}")
 
 
+def test_the_grade_is_by_what_should_arrive(show):
+    """`orthogonal` left out what the target does already: that is no loss, and the whole effect is there."""
+    row = Row("unet.a.0.to_q", "unet.a.0.to_q", Outcome.TRANSFERRED, "orthogonal", source_norm=1.0, target_norm=0.3)
+    report = TransferReport("style", "a", "b", "auto", 320, 0.0, match_nothing(), [row])
+    opened = show(page(report.to_json()))
+    words = opened.locator(".lorax-figure >> nth=1").inner_text()
+    assert "30 %" in words
+    assert "full effect" in words
+    assert "in the target already" in words
+    assert not opened.locator(".lorax-warnings").is_visible()
+
+
 HOSTILE = "</script><img src=x onerror='window.hacked = 1'><b>&amp;"
 
 
@@ -174,13 +187,12 @@ def test_text_from_files_stays_text(show, data):
     opened = show(page(hostile))
     assert HOSTILE in opened.locator(".lorax-title").inner_text()
     assert opened.evaluate("[window.hacked, document.images.length]") == [None, 0]
-    row = {"source": HOSTILE, "target": HOSTILE, "outcome": "transferred", "note": HOSTILE, "corrected": 0.5}
-    report = {"schema": "lorax-transfer", "schema_version": 2, "rows": [row], "layers": 1, "warnings": [HOSTILE]}
-    report |= {"adapter": HOSTILE, "source": "", "target": "", "method": "auto", "rank": 1, "threshold": 0.0}
-    report |= {"summary": "", "retained_norm": 1.0, "suggested_strength": 1.0, "unused": {HOSTILE: HOSTILE}}
-    opened = show(page(report))
+    row = Row(HOSTILE, HOSTILE, Outcome.UNREAD, source_norm=1.0, notes=(Note.of(Code.UNREAD, why=HOSTILE),))
+    report = TransferReport(HOSTILE, "", "", "auto", 1, 0.0, match_nothing(), [row], unused={HOSTILE: HOSTILE})
+    opened = show(page(report.to_json()))
     opened.locator(".lorax-row").click()
-    assert HOSTILE in details(opened)
+    assert details(opened).count(HOSTILE) == 3
+    assert opened.locator(".lorax-warnings").inner_text().count(HOSTILE) == 2
     assert opened.evaluate("[window.hacked, document.images.length]") == [None, 0]
 
 

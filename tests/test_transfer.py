@@ -224,7 +224,9 @@ def test_layers_that_the_target_lacks_are_reported_and_strict_raises(bases, lora
     missing = {row.source for row in report.rows if row.outcome is Outcome.NO_TARGET_LAYER}
     assert missing == gone & set(lora.layers)
     assert not missing & set(result.layers)
-    assert any(f"{len(missing)} of {len(report.rows)} layers get no update" in text for text in report.warnings)
+    assert any(
+        f"{len(missing)} of {len(report.rows)} layers get no update" in text for text in map(str, report.warnings)
+    )
     with pytest.raises(MismatchError, match="strict"):
         transfer_adapter(lora, source, pruned, strict=True)
     smaller = replace(source, layers=layers)
@@ -247,7 +249,7 @@ def test_another_width_is_aligned_and_marked(bases, lora, tmp_path):
     for name, row in rows.items():
         assert result.layers[name].layer.matrix_shape == wide.layers[name].matrix_shape
         assert ("weakest" in row.note) == (".attn2.to_k" not in name and ".attn2.to_v" not in name)
-    assert any("weakest kind" in text for text in report.warnings)
+    assert any("weakest kind" in text for text in map(str, report.warnings))
     for method in ("copy", "orthogonal", "project", "subspace-null"):
         _, refused = transfer_adapter(lora, bases[0], wide, method=method, rank=16, threshold=-9)
         assert {row.outcome for row in refused.rows if row.source in rows} == {Outcome.SHAPE_MISMATCH}
@@ -331,7 +333,7 @@ def test_options_out_of_range(bases, lora, options):
 def test_a_weak_effect_is_said_with_advice(bases, lora):
     _, report = transfer_adapter(lora, *bases, method="project", rank=2)
     assert report.retained_norm < 0.5
-    assert any("weak effect" in text and "copy" in text and "strength" in text for text in report.warnings)
+    assert any("weak effect" in text and "copy" in text and "strength" in text for text in map(str, report.warnings))
 
 
 def test_the_advice_looks_at_what_was_lost(bases, lora):
@@ -343,7 +345,7 @@ def test_the_advice_looks_at_what_was_lost(bases, lora):
     _, report = transfer_adapter(lora, source, unrelated, threshold=0.5)
     assert 0 < report.retained_norm < 0.5
     assert report.outcomes[Outcome.BELOW_THRESHOLD] > 20
-    assert any("weak effect" in text and "a lower threshold" in text for text in report.warnings)
+    assert any("weak effect" in text and "a lower threshold" in text for text in map(str, report.warnings))
 
 
 def test_an_update_of_zero(bases, tmp_path):
@@ -437,7 +439,7 @@ def test_no_strength_makes_up_for_what_is_left_out_on_purpose(bases, lora):
     assert report.retained_norm < 0.01
     assert report.suggested_strength == 1
     assert "left out" in report.summary
-    assert not any("weak effect" in text for text in report.warnings)
+    assert not any("weak effect" in text for text in map(str, report.warnings))
     _, report = transfer_adapter(lora, source, target, method="project", rank=8)
     assert report.suggested_strength == pytest.approx(min(4, 1 / report.retained_norm))
 

@@ -40,6 +40,12 @@ export function number(value, what) {
   return value;
 }
 
+/** Return an object that is no array; throw a Problem for anything else. */
+export function record(value, what) {
+  if (typeof value !== "object" || value === null || Array.isArray(value)) throw new Problem("damaged", { what });
+  return value;
+}
+
 /** Return a text; throw a Problem for anything else, and for one that is too long to be shown. */
 export function word(value, what) {
   if (typeof value !== "string" || value.length > MOST_CHARACTERS) throw new Problem("damaged", { what });

@@ -1,6 +1,6 @@
 /** What the transfer view shows, from the JSON of a transfer (`lorax/transfer/report.schema.json`); its form in a workflow. */
 
-import { checkSchema, item, list, number, Problem, word } from "./checks.js";
+import { checkSchema, item, list, number, Problem, record, word } from "./checks.js";
 import { shortBlock } from "./names.js";
 
 const REPORT_SCHEMA = "lorax-transfer";
@@ -16,9 +16,9 @@ export const SIGNS = {
   "not readable": "▽",
 };
 const ARRIVED = ["transferred", "kept unchanged"];
-const UNREAD = "not readable";
+/** How much of the effect to expect: keys of the texts. */
+const GRADES = ["strong", "fair", "weak", "nothing", "unknown"];
 const PACKED = "lorax-transfer-packed";
-const UNUSED = 20;
 
 /**
  * Read a transfer report, or the packed form of one.
@@ -32,25 +32,25 @@ export function readReport(data) {
     if (!Object.hasOwn(SIGNS, word(row?.outcome, "rows"))) throw new Problem("damaged", { what: "rows" });
     return {
       source: word(row.source, "rows"),
-      target: word(row.target ?? "", "rows"),
+      block: word(row.block, "rows"),
+      role: word(row.role, "rows"),
+      target: word(row.target, "rows"),
       outcome: row.outcome,
       arrived: ARRIVED.includes(row.outcome),
-      method: word(row.method ?? "", "rows"),
-      rank: number(row.rank ?? null, "rows"),
-      note: word(row.note ?? "", "rows"),
+      method: word(row.method, "rows"),
+      rank: number(row.rank, "rows"),
+      notes: list(row.notes, "rows").map((note) => readNote(note, "rows")),
       left: number(row.left?.phi ?? null, "rows"),
       right: number(row.right?.phi ?? null, "rows"),
-      corrected: number(row.corrected ?? null, "rows"),
-      kept: number(row.retained_norm ?? null, "rows"),
+      corrected: number(row.corrected, "rows"),
+      kept: number(row.retained_norm, "rows"),
     };
   });
-  // A layer that feeds several counts once; workflows of before that was so counted its rows.
-  const layers = new Set(rows.map((row) => row.source)).size;
-  if (![layers, rows.length].includes(plain.layers)) throw new Problem("damaged", { what: "rows" });
+  const counted = Object.values(readCounts(plain.outcomes, "rows")).reduce((sum, count) => sum + count, 0);
+  const [layers, arrived] = [number(plain.layers, "rows"), number(plain.arrived, "rows")];
+  if (counted !== rows.length || !(arrived <= layers)) throw new Problem("damaged", { what: "rows" });
   if (!rows.length) throw new Problem("no_layers");
-  const through = new Set(rows.filter((row) => row.arrived).map((row) => row.source));
-  for (const row of rows) if (row.outcome === UNREAD) through.delete(row.source);
-  const unused = typeof plain.unused === "object" ? Object.entries(plain.unused ?? {}) : [];
+  if (!GRADES.includes(plain.grade)) throw new Problem("damaged", { what: "grade" });
   return {
     adapter: word(plain.adapter, "names"),
     source: word(plain.source, "names"),
@@ -59,23 +59,36 @@ export function readReport(data) {
     rank: number(plain.rank, "rank"),
     threshold: number(plain.threshold, "threshold"),
     summary: word(plain.summary, "summary"),
-    warnings: list(plain.warnings, "warnings").map((warning) => word(warning, "warnings")),
+    warnings: list(plain.warnings, "warnings").map((note) => readNote(note, "warnings")),
     kept: number(plain.retained_norm, "retained_norm"),
+    leftOut: plain.left_out === true,
+    grade: plain.grade,
     strength: number(plain.suggested_strength, "suggested_strength"),
+    mostStrength: number(plain.most_strength, "most_strength"),
     layers,
-    arrived: through.size,
-    isMeasured: rows.every((row) => row.arrived || !Number.isNaN(row.kept)),
+    arrived,
     rows,
-    unused,
-    unusedCount: number(plain.unused_count ?? unused.length, "unused_count"),
   };
 }
 
-/** How strong the effect will be: a key of the texts. One half is where the core starts to warn (lorax/transfer/report.py). */
-export function effect(kept) {
-  if (!(kept > 0)) return "nothing";
-  if (kept >= 0.8) return "strong";
-  return kept >= 0.5 ? "fair" : "weak";
+/** Read a note: its code, what belongs into its sentence (which may be another note), and that sentence in English. */
+function readNote(note, what, isInner = false) {
+  const values = Object.entries(record(note?.values, what)).map(([name, value]) => {
+    if (typeof value === "number") return [name, number(value, what)];
+    if (typeof value === "string") return [name, word(value, what)];
+    if (value?.code === undefined) return [name, readCounts(value, what)];
+    if (isInner) throw new Problem("damaged", { what });
+    return [name, readNote(value, what, true)];
+  });
+  return { code: word(note.code, what), values: Object.fromEntries(values), text: word(note.text, what) };
+}
+
+/** Read how many there are of each outcome. */
+function readCounts(counts, what) {
+  for (const [outcome, count] of Object.entries(record(counts, what))) {
+    if (!Object.hasOwn(SIGNS, outcome) || Number.isNaN(number(count, what))) throw new Problem("damaged", { what });
+  }
+  return counts;
 }
 
 /** Return how many rows had each outcome, those that there are, in the order of SIGNS. */
@@ -85,10 +98,8 @@ export function outcomes(rows) {
 }
 
 /** Return the short name of a layer, by the number of its block if it has one. */
-export function shortLayer(name) {
-  const found =
-    /^(.*?(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+(?:\.transformer_blocks\.\d+)?|.*?\.\d+)\.(.+)$/.exec(name);
-  return found ? `${shortBlock(found[1])} ${found[2]}` : name.slice(name.indexOf(".") + 1);
+export function shortLayer({ block, role }) {
+  return `${shortBlock(block)} ${role}`;
 }
 
 /** Return a report as text, to be sent to somebody. */
@@ -98,7 +109,7 @@ export function reportText(report) {
     `${report.adapter}: ${report.source} -> ${report.target}`,
     `method ${report.method}, rank ${report.rank}, threshold ${report.threshold}`,
     report.summary,
-    ...report.warnings.map((warning) => `warning: ${warning}`),
+    ...report.warnings.map(({ text }) => `warning: ${text}`),
     "",
     ["source", "target", "outcome", "method", "left", "right", "corrected", "kept", "note"].join("\t"),
   ];
@@ -109,20 +120,26 @@ export function reportText(report) {
       row.outcome,
       row.method,
       ...[row.left, row.right, row.corrected, row.kept].map(digits),
-      row.note,
+      row.notes.map(({ text }) => text).join("; "),
     ].join("\t"),
   );
   return [...head, ...lines].join("\n");
 }
 
-/** Return a report in a quarter of its size, for the workflow file: rows as arrays, repeated words once. */
+/** Return a report in a quarter of its size, for the workflow file: rows as arrays, what repeats once. */
 export function packReport(report) {
   if (report?.schema !== REPORT_SCHEMA || !Array.isArray(report.rows)) return report;
-  const words = [];
-  const place = (word) => (words.includes(word) ? words.indexOf(word) : words.push(word) - 1);
+  const places = new Map(); // what repeats, as JSON -> its place
+  const place = (value) => {
+    const key = JSON.stringify(value);
+    if (!places.has(key)) places.set(key, places.size);
+    return places.get(key);
+  };
   const round = (value) => (typeof value === "number" ? Math.round(value * 1e4) / 1e4 : (value ?? null));
   const rows = report.rows.map((row) => [
-    row.source,
+    row.source === nameOf(row) ? 0 : row.source,
+    place(row.block),
+    place(row.role),
     row.target === row.source ? 0 : row.target,
     place(row.outcome),
     place(row.method),
@@ -131,25 +148,20 @@ export function packReport(report) {
     round(row.right?.phi),
     round(row.corrected),
     round(row.retained_norm),
-    place(row.note),
+    place(row.notes),
   ]);
-  const unused = Object.entries(report.unused ?? {});
-  const { assignment, outcomes: counts, ...rest } = report;
-  return {
-    ...rest,
-    schema: PACKED,
-    words,
-    rows,
-    unused: Object.fromEntries(unused.slice(0, UNUSED)),
-    unused_count: unused.length,
-  };
+  const { assignment, unused, ...rest } = report;
+  return { ...rest, schema: PACKED, words: [...places.keys()].map((key) => JSON.parse(key)), rows };
 }
 
 function unpackReport({ words, rows, ...rest }) {
   const said = (place) => item(list(words, "words"), place, "words");
   const opened = list(rows, "rows").map((row) => {
-    const [source, target, outcome, method, rank, left, right, corrected, kept, note] = list(row, "rows");
+    const [name, block, role, target, outcome, method, rank, left, right, corrected, kept, notes] = list(row, "rows");
+    const parts = { block: word(said(block), "words"), role: word(said(role), "words") };
+    const source = name === 0 ? nameOf(parts) : name;
     return {
+      ...parts,
       source,
       target: target === 0 ? source : target,
       outcome: said(outcome),
@@ -159,10 +171,14 @@ function unpackReport({ words, rows, ...rest }) {
       right: { phi: right },
       corrected,
       retained_norm: kept,
-      note: said(note),
+      notes: said(notes),
     };
   });
   return { ...rest, schema: REPORT_SCHEMA, rows: opened };
+}
+
+function nameOf({ block, role }) {
+  return `${block}.${role}`;
 }
 
 /** Return what each target layer kept, by its name. */

@@ -3,8 +3,8 @@
 import { bars } from "./bars.js";
 import { Problem, readState } from "./checks.js";
 import { make } from "./elements.js";
-import { effect, outcomes, readReport, reportText, shortLayer, SIGNS } from "./report_data.js";
-import { say } from "./texts.js";
+import { outcomes, readReport, reportText, shortLayer, SIGNS } from "./report_data.js";
+import { say, tell } from "./texts.js";
 
 const REPORT_STATE = { outcome: "", pinned: "" }; // what the user chose
 
@@ -48,10 +48,8 @@ export function reportView({ onState }) {
   }
 
   function fill() {
-    const { arrived, kept, strength, layers: count } = report;
+    const { arrived, kept, grade, leftOut, strength, layers: count } = report;
     const known = !Number.isNaN(kept);
-    // Of layers that are missing and whose norm nobody knows, what is lost cannot be said.
-    const grade = report.isMeasured ? effect(kept) : "unknown";
     const suggested = !Number.isNaN(strength);
     title.replaceChildren(make("b", {}, report.adapter), `: ${report.source} → ${report.target}`);
     title.title = title.textContent;
@@ -59,20 +57,17 @@ export function reportView({ onState }) {
       figure(`${arrived} / ${count}`, say("arrived"), arrived / count),
       figure(
         known ? `${Math.round(kept * 100)} %` : "–",
-        `${say("norm_kept")}: ${say(grade)}`,
+        `${say(leftOut ? "norm_left_out" : "norm_kept")}: ${say(grade)}`,
         known ? Math.min(kept, 1) : 0,
         `lorax-${grade}`,
       ),
       figure(
         digits(strength, 2),
         say(suggested ? "strength" : "no_strength"),
-        suggested ? Math.min(strength / 4, 1) : 0,
+        suggested ? Math.min(strength / report.mostStrength, 1) : 0,
       ),
     );
-    const [key] = report.unused[0] ?? [];
-    const unused = report.unusedCount ? [say("unused", { count: report.unusedCount, key })] : [];
-    const words = report.warnings.filter((warning) => !/tensors of the file are not used/.test(warning));
-    warnings.replaceChildren(...[...words, ...unused].map((warning) => make("li", {}, warning)));
+    warnings.replaceChildren(...report.warnings.map((warning) => make("li", {}, tell(warning))));
     warnings.hidden = !warnings.children.length;
     chips.replaceChildren(chip("", report.rows.length), ...outcomes(report.rows).map(([outcome, n]) => chip(outcome, n)));
     list();
@@ -92,7 +87,7 @@ export function reportView({ onState }) {
     const found = report.rows.filter((row) => !state.outcome || row.outcome === state.outcome);
     rows = found.map((row) => ({
       key: row.source,
-      name: shortLayer(row.source),
+      name: shortLayer(row),
       title: row.source,
       mark: SIGNS[row.outcome],
       faint: !row.arrived,
@@ -112,7 +107,7 @@ export function reportView({ onState }) {
       ? [
           row.source,
           `→ ${row.target || "–"}`,
-          [say(row.outcome), method, row.note].filter(Boolean).join(" · "),
+          [say(row.outcome), method, ...row.notes.map(tell)].filter(Boolean).join(" · "),
           ["left", "right", "corrected", "kept"].map(number).join(" · "),
         ]
       : [say("layers_hint")];

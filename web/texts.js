@@ -56,6 +56,7 @@ export const ENGLISH = {
   kept: "kept",
   arrived: "layers arrived",
   norm_kept: "of the norm kept",
+  norm_left_out: "of the norm kept, some more is in the target already",
   strength: "suggested strength",
   no_strength: "no suggestion: layers are missing",
   outcome: "outcome",
@@ -67,7 +68,6 @@ export const ENGLISH = {
   weak: "weak effect",
   nothing: "no effect",
   unknown: "of the layers whose norm is known",
-  unused: "{count} tensors of the file are not used, the first {key}",
   method_rank: "{method}, rank {rank}",
   step_loss: "step {step} of {total}: loss {loss}",
   loss_label: "Loss against step: {first} at the start, {last} at step {step} of {total}",
@@ -82,13 +82,34 @@ export const ENGLISH = {
 };
 
 let texts = ENGLISH;
+let notes = {}; // the sentences of notes, by their codes; English ones come with the notes
 
 /** Take translated texts; what they lack stays English. */
 export function speak(translated) {
   texts = { ...ENGLISH, ...translated };
+  notes = translated?.notes ?? {};
 }
 
 /** Return a text, with its {names} replaced by values. */
 export function say(key, values = {}) {
-  return (Object.hasOwn(texts, key) ? texts[key] : key).replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
+  return inserted(Object.hasOwn(texts, key) ? texts[key] : key, values);
+}
+
+/** Return what a note of a report says. */
+export function tell({ code, values, text }) {
+  if (!Object.hasOwn(notes, code)) return text;
+  const words = Object.entries(values).map(([name, value]) => [name, typeof value === "object" ? inner(value) : value]);
+  return inserted(notes[code], Object.fromEntries(words));
+}
+
+/** Another note, or how many there are of each outcome. */
+function inner(value) {
+  if (value.code !== undefined) return tell(value);
+  return Object.entries(value)
+    .map(([outcome, count]) => `${count} ${say(outcome)}`)
+    .join(", ");
+}
+
+function inserted(text, values) {
+  return text.replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
 }

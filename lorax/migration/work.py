@@ -122,7 +122,7 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
         layers=report.layers,
         arrived=report.arrived,
         retained=share if share == share else None,
-        warnings=report.warnings,
+        warnings=list(map(str, report.warnings)),
         seconds=times,
     )
 

@@ -11,7 +11,7 @@ from ..compare.matching import Assignment
 from ..compare.similarity import KindSimilarity, Similarity
 from ..models.base import Base
 from ..models.layers import Layer
-from ..transfer.report import lower
+from ..transfer.report import block_and_role, lower
 
 SCHEMA_VERSION = 2
 # A pair is one byte: 0 is no value, b is LOWEST + STEP * (b - 1), so 255 is 1. What is lower counts as LOWEST.
@@ -71,8 +71,7 @@ class _Table:
         self.layers: list[list[int]] = []
         self.place: dict[str, int] = {}
         for layer in sorted(layers, key=lambda layer: order[layer.name]):
-            block = layer.block or layer.component
-            role = layer.name.removeprefix(block + ".")
+            block, role = block_and_role(layer)
             self.place[layer.name] = len(self.layers)
             self.layers.append(
                 [

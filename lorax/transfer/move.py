@@ -15,10 +15,12 @@ from ..linalg import Subspace, recompress
 from ..models.base import Base
 from ..models.layers import Layer
 from . import methods
-from .report import BOTH_RESIZED, Outcome, Row
+from .notes import Code, Note
+from .report import Outcome, Row
 from .widened import cut, first_channels, shared_channels, widen
 
 Move = tuple[Row, AdapterLayer | None]
+Notes = tuple[Note, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ class Mover:
             return replace(row, outcome=Outcome.NO_TARGET_LAYER if known else Outcome.NO_SOURCE_LAYER), None
         layer = self.target.vectors[place]
         if layer.shape != own.layer.shape:
-            note = f"a norm or bias can only be copied, source {own.layer.shape[0]}, target {layer.shape[0]}"
-            return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
+            note = Note.of(Code.VECTOR_SIZE, source=own.layer.shape[0], target=layer.shape[0])
+            return replace(row, outcome=Outcome.SHAPE_MISMATCH, notes=(note,)), None
         return replace(row, method="copy", target_norm=row.source_norm), own.moved(layer, self.dtype)
 
     def _whole(self, own: AdapterLayer, parts: list[Layer]) -> Iterator[Move]:
@@ -76,8 +78,8 @@ class Mover:
         weight = torch.cat([self.engine.weight(self.source, part.name) for part in parts])
         places = [self.target.layers[found[0]] for part in parts if (found := self.targets.get(part.name))]
         if own.layer.matrix_shape != tuple(weight.shape):
-            note = f"adapter {own.layer.matrix_shape}, source {tuple(weight.shape)}"
-            yield Row(own.layer.name, "", Outcome.SHAPE_MISMATCH, note=note), None
+            note = Note.of(Code.ADAPTER_SIZE, adapter=str(own.layer.matrix_shape), source=str(tuple(weight.shape)))
+            yield Row(own.layer.name, "", Outcome.SHAPE_MISMATCH, notes=(note,)), None
         elif stays and self._alike(parts, places):
             layer = Layer(f"{places[0].component}.{places[0].original}", own.layer.shape, places[0].original)
             weight_t = torch.cat([self.engine.weight(self.target, place.name) for place in places])
@@ -111,8 +113,8 @@ class Mover:
         if layer_s is None:
             return replace(row, outcome=Outcome.NO_SOURCE_LAYER), None
         if not fits:
-            note = f"adapter {own.layer.matrix_shape}, source {layer_s.matrix_shape}"
-            return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
+            note = Note.of(Code.ADAPTER_SIZE, adapter=str(own.layer.matrix_shape), source=str(layer_s.matrix_shape))
+            return replace(row, outcome=Outcome.SHAPE_MISMATCH, notes=(note,)), None
         if layer_t is None:
             return replace(row, outcome=Outcome.NO_TARGET_LAYER), None
         if channels := shared_channels(self.source, self.target, layer_s, layer_t):
@@ -120,21 +122,21 @@ class Mover:
         sizes, sizes_t = layer_s.matrix_shape, layer_t.matrix_shape
         method = self.method if self.method != "auto" else _auto(own, same=sizes == sizes_t)
         if sizes != sizes_t and method not in ("align", "index"):
-            note = f"{method} needs equal sizes, source {sizes}, target {sizes_t}"
-            return replace(row, outcome=Outcome.SHAPE_MISMATCH, note=note), None
+            note = Note.of(Code.NEEDS_EQUAL_SIZES, method=method, source=str(sizes), target=str(sizes_t))
+            return replace(row, outcome=Outcome.SHAPE_MISMATCH, notes=(note,)), None
         left, right = self._scores(layer_s, layer_t)
         row = replace(row, method=method, left=left, right=right)
         if row.corrected <= self.threshold:
             return replace(row, outcome=Outcome.BELOW_THRESHOLD), None
         scale = own.parts().get("dora_scale")
         if scale is None or self.dora == "dense" or self.lora_x or sizes != sizes_t:
-            result, rank, note = self._finite(own, method, layer_s, layer_t)
+            result, rank, notes = self._finite(own, method, layer_s, layer_t)
         else:
-            result, rank, note = self._finite(without_magnitude(own), method, layer_s, layer_t)
+            result, rank, notes = self._finite(without_magnitude(own), method, layer_s, layer_t)
             weights = self.engine.weight(self.source, layer_s.name), self.engine.weight(self.target, place)
             result = with_magnitude(result, own.magnitude_on(*weights))
             result.check_finite()
-        return replace(row, rank=rank, target_norm=self._norm(result, self.target), note=note), result
+        return replace(row, rank=rank, target_norm=self._norm(result, self.target), notes=notes), result
 
     def _some_channels(self, own: AdapterLayer, row: Row, layer_s: Layer, layer_t: Layer, channels: int) -> Move:
         """Move the update of an input layer as if both models read only the channels that they share."""
@@ -144,8 +146,8 @@ class Mover:
         dtype = self.dtype or own.computed_dtype
         shared = replace(self, source=source, target=target, scores=(), lora_x=False, dtype=dtype)
         moved, result = shared._layer(cut(own, self.source, channels, self.engine), layer_t.name)
-        note = f"the first {channels} input channels, source {layer_s.shape[1]}, target {layer_t.shape[1]}"
-        moved = replace(moved, source_norm=row.source_norm, note="; ".join(filter(None, (note, moved.note))))
+        note = Note.of(Code.FIRST_CHANNELS, channels=channels, source=layer_s.shape[1], target=layer_t.shape[1])
+        moved = replace(moved, source_norm=row.source_norm, notes=(note, *moved.notes))
         if result is None:
             return moved, None
         result = widen(result, layer_t)
@@ -166,7 +168,9 @@ class Mover:
     def _norm(self, own: AdapterLayer, base: Base) -> float:
         return own.norm(self.engine.weight(base, own.layer.name) if own.norm_needs_weight else None)
 
-    def _finite(self, own: AdapterLayer, method: str, layer_s: Layer, layer_t: Layer) -> tuple[AdapterLayer, int, str]:
+    def _finite(
+        self, own: AdapterLayer, method: str, layer_s: Layer, layer_t: Layer
+    ) -> tuple[AdapterLayer, int, Notes]:
         """Return what `_moved` does.
 
         Raises:
@@ -180,13 +184,13 @@ class Mover:
         moved[0].check_finite()
         return moved
 
-    def _moved(self, own: AdapterLayer, method: str, layer_s: Layer, layer_t: Layer) -> tuple[AdapterLayer, int, str]:
+    def _moved(self, own: AdapterLayer, method: str, layer_s: Layer, layer_t: Layer) -> tuple[AdapterLayer, int, Notes]:
         """Return the update on the target, the rank of the subspaces that were used, and what else to know."""
         as_it_is = not isinstance(own, LoraXLayer) and "dora_scale" not in own.parts()
         if method == "copy" and as_it_is and not self.lora_x:
-            return own.moved(layer_t, self.dtype), 0, ""
+            return own.moved(layer_t, self.dtype), 0, ()
         B, A = expand(own, self.source, self.engine)
-        note, rank = "", 0
+        notes, rank = (), 0
         if method == "orthogonal":
             weights = self.engine.weight(self.source, layer_s.name), self.engine.weight(self.target, layer_t.name)
             B, A = methods.orthogonal(B, A, *weights)
@@ -198,14 +202,14 @@ class Mover:
             if method in _APPLY:
                 space_s = space(self.source, layer_s.name, self.rank) if method != "project" else space_t
                 B, A = _APPLY[method](B, A, space_s, space_t)
-                note = _note(layer_s, layer_t, space_t)
+                notes = _notes(layer_s, layer_t, space_t)
             if self.lora_x:
                 delta = space_t.singular_change(B, A).cpu()
-                return LoraXLayer(layer_t, delta, self.target.fingerprint(layer_t.name)), rank, note
+                return LoraXLayer(layer_t, delta, self.target.fingerprint(layer_t.name)), rank, notes
         if not own.is_thin and not isinstance(own, LoraXLayer) and B.shape[1] > self.lora_rank:
             B, A = recompress(B, A, self.lora_rank)
-            note = "; ".join(filter(None, (note, f"{own.kind} made a LoRA of rank {self.lora_rank}")))
-        return LoraLayer.of(layer_t, B, A, self.dtype or own.computed_dtype, own), rank, note
+            notes = (*notes, Note.of(Code.MADE_LORA, kind=own.kind, rank=self.lora_rank))
+        return LoraLayer.of(layer_t, B, A, self.dtype or own.computed_dtype, own), rank, notes
 
 
 def _auto(own: AdapterLayer, *, same: bool) -> str:
@@ -215,12 +219,13 @@ def _auto(own: AdapterLayer, *, same: bool) -> str:
     return "orthogonal" if own.is_thin or isinstance(own, LoraXLayer) else "copy"
 
 
-def _note(source: Layer, target: Layer, space: Subspace) -> str:
+def _notes(source: Layer, target: Layer, space: Subspace) -> Notes:
     (m, n), (m_t, n_t) = source.matrix_shape, target.matrix_shape
     if m != m_t and n != n_t:
-        return BOTH_RESIZED
-    whole = [side for side, size in (("output", m_t), ("input", n_t)) if space.rank == size]
-    return f"the subspace is all of the {' and the '.join(whole)} side: no projection there" if whole else ""
+        return (Note(Code.BOTH_RESIZED),)
+    codes = {(True, False): Code.WHOLE_OUTPUT, (False, True): Code.WHOLE_INPUT, (True, True): Code.WHOLE_BOTH}
+    code = codes.get((space.rank == m_t, space.rank == n_t))
+    return (Note(code),) if code else ()
 
 
 _APPLY: dict[str, Callable[[Tensor, Tensor, Subspace, Subspace], methods.Factors]] = {

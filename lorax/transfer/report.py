@@ -12,6 +12,7 @@ from ..compare.similarity import Similarity
 from ..errors import OptionError
 from ..models.layers import Layer
 from ..options import Choice
+from .notes import Code, Note
 
 SCHEMA_VERSION = 2
 SIMILARITY_VERSION = 1
@@ -20,6 +21,8 @@ MOST_JSON = 2**20
 # Below this share of the update's norm the user sees little of the adapter. The ICLR 2025 paper (table 2) loses 10 to
 # 28 % of its score with updates that keep about a quarter; one half is where we start to warn.
 WEAK = 0.5
+# From here on the effect is called full. Ours: no published figure.
+STRONG = 0.8
 # Half precision rounds the norm of an update by no more than this.
 NORM_ROUNDING = 1e-3
 # Beyond this, what is left of an update is no longer the same update, only louder (users go to 4.5 in public threads).
@@ -41,12 +44,26 @@ class Outcome(Choice):
 
 ARRIVED = (Outcome.TRANSFERRED, Outcome.KEPT)
 
-BOTH_RESIZED = "both sides change size: matched by index, the weakest kind"
+
+class Grade(Choice):
+    """How much of the effect to expect, by the norm that arrives of what should."""
+
+    STRONG = "strong"
+    FAIR = "fair"
+    WEAK = "weak"
+    NOTHING = "nothing"
+    UNKNOWN = "unknown"
 
 
 def lower(*sides: Score | None) -> float:
     """Return the lower corrected similarity of the sides that have one; NaN where none has."""
     return min((s.corrected for s in sides if s is not None and not math.isnan(s.corrected)), default=math.nan)
+
+
+def block_and_role(layer: Layer) -> tuple[str, str]:
+    """Return the two parts of the name of a layer; of one without a block the component, and the path in it."""
+    block = layer.block or layer.component
+    return block, layer.name.removeprefix(block + ".")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +80,7 @@ class Row:
         right: The same on the input side.
         source_norm: `||delta_weight||_F` before; NaN where it needs a weight that is not there.
         target_norm: `||delta_weight||_F` after; NaN so.
-        note: What else to know, in words.
+        notes: What else to know.
     """
 
     source: str
@@ -75,7 +92,12 @@ class Row:
     right: Score | None = None
     source_norm: float = math.nan
     target_norm: float = 0.0
-    note: str = ""
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """What else to know, in words."""
+        return "; ".join(map(str, self.notes))
 
     @property
     def corrected(self) -> float:
@@ -95,8 +117,11 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as plain data, NaN as None."""
+        block, role = block_and_role(Layer(self.source, ()))
         return {
             "source": self.source,
+            "block": block,
+            "role": role,
             "target": self.target,
             "outcome": str(self.outcome),
             "method": self.method,
@@ -107,7 +132,7 @@ class Row:
             "retained_norm": _number(self.retained_norm),
             "source_norm": _number(self.source_norm),
             "target_norm": _number(self.target_norm),
-            "note": self.note,
+            "notes": [note.to_json() for note in self.notes],
         }
 
 
@@ -174,6 +199,21 @@ class TransferReport:
         return min(1 / kept, MOST_STRENGTH) if 0 < kept < 1 else 1.0
 
     @property
+    def grade(self) -> Grade:
+        """How much of the effect to expect; unknown where the norm of a layer that did not arrive is."""
+        kept = self._kept
+        if any(row.outcome not in ARRIVED and math.isnan(row.source_norm) for row in self.rows):
+            return Grade.UNKNOWN
+        if not kept > 0:
+            return Grade.NOTHING
+        return Grade.WEAK if kept < WEAK else Grade.FAIR if kept < STRONG else Grade.STRONG
+
+    @property
+    def left_out(self) -> bool:
+        """Whether some of the norm is not there because the target does it already, and not because it was lost."""
+        return self.retained_norm < self._kept * (1 - NORM_ROUNDING)
+
+    @property
     def _known(self) -> list[Row]:
         return [row for row in self.rows if not math.isnan(row.source_norm)]
 
@@ -201,42 +241,43 @@ class TransferReport:
         reason = "all of it arrived"
         if f"{strength:.2f}" != "1.00":
             reason = "to make up for what was lost"
-        elif self.retained_norm < self._kept * (1 - NORM_ROUNDING):
+        elif self.left_out:
             reason = "what the target does already is left out"
         return f"{head}; suggested strength {strength:.2f} ({reason})"
 
     @property
-    def warnings(self) -> list[str]:
-        """What the user should know and do, in words; empty when all is well."""
-        found: list[str] = []
+    def warnings(self) -> list[Note]:
+        """What the user should know and do; empty when all is well."""
+        found: list[Note] = []
         if self._kept < WEAK:
-            strength = self.suggested_strength
-            louder = f", or a strength of about {strength:.1f}" if strength else ""
-            found.append(
-                f"weak effect: only {self.retained_norm:.0%} of the update's norm arrives; try {self._advice}{louder}"
-            )
-        if self.missing:
-            outcomes = Counter(row.outcome for row in self.missing)
-            reasons = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
-            found.append(f"{len(self.missing)} of {self.layers} layers get no update: {reasons}")
-        weakest = sum(row.note == BOTH_RESIZED for row in self.rows)
-        if weakest:
-            found.append(f"{weakest} layers change both sizes, the weakest kind of transfer: check the pictures")
+            percent, strength = round(self.retained_norm * 100), self.suggested_strength
+            if strength:
+                values = {"percent": percent, "advice": Note(self._advice), "strength": round(strength, 1)}
+                found.append(Note(Code.WEAK_OR_STRENGTH, values))
+            else:
+                found.append(Note.of(Code.WEAK, percent=percent, advice=Note(self._advice)))
+        if missing := self.missing:
+            counts = Counter(str(row.outcome) for row in missing)
+            outcomes = dict(counts.most_common())
+            found.append(Note.of(Code.MISSING, missing=len(missing), layers=self.layers, outcomes=outcomes))
+        resized = sum(note.code is Code.BOTH_RESIZED for row in self.rows for note in row.notes)
+        if resized:
+            found.append(Note.of(Code.MANY_RESIZED, count=resized))
         if self.unused:
-            key, why = next(iter(self.unused.items()))
-            found.append(f"{len(self.unused)} tensors of the file are not used, the first {key}: {why}")
+            first, why = next(iter(self.unused.items()))
+            found.append(Note.of(Code.UNUSED, count=len(self.unused), first=first, why=why))
         return found
 
     @property
-    def _advice(self) -> str:
+    def _advice(self) -> Code:
         """What to try first, by where most of the update was lost: by whole layers or by the method."""
         lost = {outcome: 0.0 for outcome in Outcome}
         for row in self._known:
             lost[row.outcome] += row.wanted_norm**2 - row.target_norm**2
         most = max(lost, key=lambda outcome: lost[outcome])
         if most is Outcome.BELOW_THRESHOLD:
-            return "a lower threshold or a target closer to the source"
-        return "the method copy or a higher rank" if most is Outcome.TRANSFERRED else "a target closer to the source"
+            return Code.TRY_THRESHOLD
+        return Code.TRY_METHOD if most is Outcome.TRANSFERRED else Code.TRY_TARGET
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data, valid by `report.schema.json`."""
@@ -254,9 +295,12 @@ class TransferReport:
             "arrived": self.arrived,
             "outcomes": {str(outcome): count for outcome, count in self.outcomes.items()},
             "retained_norm": _number(self.retained_norm),
+            "left_out": self.left_out,
+            "grade": str(self.grade),
             "suggested_strength": self.suggested_strength,
+            "most_strength": MOST_STRENGTH,
             "summary": self.summary,
-            "warnings": self.warnings,
+            "warnings": [warning.to_json() for warning in self.warnings],
             "rows": [row.to_json() for row in self.rows],
             "unused": self.unused,
         }

@@ -18,6 +18,7 @@ from ..options import DORA, FORMATS, LORA_RANK, METHODS, RANK, THRESHOLD
 from ..progress import Progress, silent
 from ..version import __version__
 from .move import Mover
+from .notes import Code, Note
 from .report import Outcome, Row, TransferReport
 
 
@@ -115,12 +116,13 @@ def transfer_adapter(
         for done, own in enumerate(todo, 1):
             for row, result in _kept(own, source, target, assignment) or mover.move(own):
                 if result is not None and result.layer.name in moved:
-                    row, result = replace(row, outcome=Outcome.TWICE, note="another layer feeds the same"), None
+                    row, result = replace(row, outcome=Outcome.TWICE, notes=(Note(Code.FED_ALREADY),)), None
                 report.rows.append(row)
                 if result is not None:
                     moved[result.layer.name] = result
             progress(done, len(todo), own.layer.name)
-    report.rows.extend(Row(name, "", Outcome.UNREAD, note=why) for name, why in adapter.unread.items())
+    for name, why in adapter.unread.items():
+        report.rows.append(Row(name, "", Outcome.UNREAD, notes=(Note.of(Code.UNREAD, why=why),)))
     _check_arrived(report, strict)
     metadata = {
         **adapter.metadata,
@@ -174,8 +176,8 @@ def _kept(
         return []
     name = f"{place}.{own.layer.path}"
     norm = math.nan if own.needs_weight else own.norm()
-    note = f"{component} is not in both bases"
-    row = Row(own.layer.name, name, Outcome.KEPT, source_norm=norm, target_norm=norm, note=note)
+    note = Note.of(Code.NOT_IN_BOTH, component=component)
+    row = Row(own.layer.name, name, Outcome.KEPT, source_norm=norm, target_norm=norm, notes=(note,))
     return [(row, replace(own, layer=replace(own.layer, name=name)))]
 
 

@@ -211,7 +211,9 @@ def test_the_dragged_threshold_is_what_the_next_queue_uses(host, browser, vue):
         pairs, names = similarities(kept(page, "LoraXSimilarity")["data"])
         report = kept(page, "LoraXTransfer")["data"]
         assert report["threshold"] == 0.91
-        moved = {row[0]: report["words"][row[2]] == "transferred" for row in report["rows"] if row[0] in names}
+        words = report["words"]
+        found = {f"{words[block]}.{words[role]}": words[row[0]] for _, block, role, _, *row in report["rows"]}
+        moved = {name: outcome == "transferred" for name, outcome in found.items() if name in names}
         assert moved == {name: pairs[name] > 0.91 for name in moved}
         assert sum(moved.values()) == above
         nothing_wrong(page, host)
@@ -309,14 +311,23 @@ def test_what_a_workflow_file_keeps_may_be_broken(host, browser):
 
 SIDE = {"blocks": ["unet"], "roles": ["conv_in"], "layers": [[0, 0, 0]]}
 KIND = {"kind": "unet:conv_in", "sources": [0], "targets": [0], "corrected": "/w=="}
-ROW = {"source": "unet.conv_in", "target": "unet.conv_in", "outcome": "transferred", "corrected": 0.5}
+ROW = {
+    "source": "unet.conv_in",
+    "block": "unet",
+    "role": "conv_in",
+    "target": "unet.conv_in",
+    "method": "copy",
+    "rank": 0,
+}
+ROW |= {"outcome": "transferred", "corrected": 0.5, "retained_norm": 1.0, "notes": []}
 SOUND = {
     "LoraXSimilarity": {"schema": "lorax-similarity-view", "schema_version": 2, "source": "a", "target": "b"}
     | {"rank": None, "scale": {"lowest": -0.27, "step": 0.005}, "shapes": [[4, 4]], "sources": SIDE, "targets": SIDE}
     | {"kinds": [KIND], "pairs": [[0, 0, 1, 1, 1]]},
     "LoraXTransfer": {"schema": "lorax-transfer", "schema_version": 2, "adapter": "x", "source": "a", "target": "b"}
     | {"method": "auto", "rank": 1, "threshold": 0.0, "rows": [ROW], "layers": 1, "warnings": [], "unused": {}}
-    | {"summary": "", "retained_norm": 1.0, "suggested_strength": 1.0},
+    | {"summary": "", "retained_norm": 1.0, "suggested_strength": 1.0, "most_strength": 4.0, "grade": "strong"}
+    | {"arrived": 1, "outcomes": {"transferred": 1}, "left_out": False},
     "LoraXTrain": {"steps": [1, 2], "losses": [1.0, 0.5], "total": 2},
 }  # fmt: skip
 POINTS = {"steps": [1] * 500_000, "losses": [1.0] * 500_000, "total": 1}

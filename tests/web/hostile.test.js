@@ -1,5 +1,6 @@
 /** Data and states as a workflow file may hold them, whoever wrote it: read, or refused with words; never an exception. */
 
+import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
 
 import { MOST_ITEMS, Problem, readState } from "../../web/checks.js";
@@ -7,8 +8,11 @@ import { lossLines, readLoss } from "../../web/loss_data.js";
 import { axisRuns, shortBlock } from "../../web/names.js";
 import { keptShares, outcomes, packReport, readReport, reportText, shortLayer } from "../../web/report_data.js";
 import { blockMap, choices, chosenPairs, histogram, pairedCells, readSimilarity } from "../../web/similarity_data.js";
-import { say } from "../../web/texts.js";
+import { say, speak, tell } from "../../web/texts.js";
 import { computed, report, similarity } from "./sources.js";
+
+const FRENCH = JSON.parse(readFileSync(new URL("../../locales/fr/main.json", import.meta.url), "utf8")).lorax;
+speak(FRENCH); // so that notes are put together
 
 const ALL = { group: "", stage: "" };
 const NO_TEXT = { toString: 1, valueOf: 1 }; // String() of it throws
@@ -29,8 +33,10 @@ function showSimilarity(data) {
 
 function showReport(data) {
   const read = readReport(data);
-  read.rows.map((row) => [shortLayer(row.source), say("method_rank", row), say(row.outcome), row.left.toFixed(3)]);
-  say("unused", { count: read.unusedCount, key: read.unused[0]?.[0] });
+  read.rows.map((row) => [shortLayer(row), say("method_rank", row), say(row.outcome), row.left.toFixed(3)]);
+  for (const note of [...read.warnings, ...read.rows.flatMap(({ notes }) => notes)]) {
+    expect(tell(note)).not.toMatch(/\[object|undefined/);
+  }
   return [outcomes(read.rows), keptShares(read), reportText(read), read.strength.toFixed(2)];
 }
 
@@ -116,7 +122,9 @@ describe("what is too much", () => {
     const start = computed();
     for (const piece of ["1.", "a", "f", "down_blocks.1.", "attn.1.transformer_blocks.", "_q", "mid_block.x."]) {
       const name = `unet.${piece.repeat(10_000 / piece.length)}`.slice(0, 10_000);
-      expect(showReport({ ...report(["transferred"]), rows: [{ source: name, outcome: "transferred" }] })).toBeTruthy();
+      const data = report(["transferred"]);
+      expect(showReport(changed(data, ["rows", 0, "block"], name))).toBeTruthy();
+      expect(showReport(changed(data, ["rows", 0, "role"], name))).toBeTruthy();
       expect(showSimilarity(changed(similarity(), ["targets", "blocks", 0], name))).toBeTruthy();
       expect(showSimilarity(changed(similarity(), ["kinds", 0, "kind"], name))).toBeTruthy();
     }

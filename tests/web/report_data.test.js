@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 
-import { effect, keptShares, outcomes, packReport, readReport, reportText, shortLayer } from "../../web/report_data.js";
+import { keptShares, outcomes, packReport, readReport, reportText, shortLayer } from "../../web/report_data.js";
 import { Problem } from "../../web/checks.js";
 import { report } from "./sources.js";
 
@@ -19,11 +19,7 @@ test("packing takes a third of the size", () => {
   expect(JSON.stringify(packReport(big)).length).toBeLessThan(JSON.stringify(big).length / 3);
 });
 
-test("of many unused tensors some are kept, and their number", () => {
-  const data = { ...report(), unused: Object.fromEntries(Array.from({ length: 300 }, (_, i) => [`key${i}`, "why"])) };
-  const found = readReport(packReport(data));
-  expect([found.unused.length, found.unusedCount]).toEqual([20, 300]);
-});
+const nested = (inner = 1) => ({ code: "weak", values: { inner }, text: "" });
 
 /** What workflow files of version 1 hold. */
 const OLD = {
@@ -61,6 +57,9 @@ describe("what cannot be read says why", () => {
     ["no layers", { ...report([]), layers: 0 }, "no_layers"],
     ["NaN", { ...report(), retained_norm: NaN }, "damaged"],
     ["an outcome of the future", { ...report(), rows: [{ source: "x", outcome: "lost" }], layers: 1 }, "damaged"],
+    ["a grade of the future", { ...report(), grade: "great" }, "damaged"],
+    ["more layers than there are", { ...report(), arrived: 9 }, "damaged"],
+    ["notes in notes in notes", { ...report(), warnings: [nested(nested(nested()))] }, "damaged"],
     ["packed, words cut off", { ...packReport(report()), words: [] }, "damaged"],
     ["packed, without rows", { ...packReport(report()), rows: null }, "damaged"],
   ])("%s", (_, data, key) => {
@@ -71,27 +70,20 @@ describe("what cannot be read says why", () => {
 
 test("the text has a line for every row and says why", () => {
   const lines = reportText(readReport(report())).split("\n");
-  expect(lines).toHaveLength(6 + 3);
+  expect(lines).toHaveLength(7 + 3);
   expect(lines[0]).toBe("style: a -> b");
-  expect(lines[3]).toBe("warning: weak effect");
+  expect(lines[3]).toBe("warning: weak effect: only 30%; try the method copy");
   expect(lines.at(-1)).toContain("not in target");
 });
 
-test("a layer that feeds several counts once, an update that was not read as a layer that did not arrive", () => {
-  const data = report(["transferred", "transferred", "not readable"]);
-  data.rows[1].source = data.rows[0].source;
-  const before = readReport(data); // as workflows of before have it
-  const found = readReport({ ...data, layers: 2, suggested_strength: null });
-  expect([found.arrived, found.layers, found.strength, found.isMeasured]).toEqual([1, 2, NaN, true]);
-  expect(before.arrived).toBe(1);
-  data.rows[2].source = data.rows[0].source;
-  expect(readReport(data).arrived).toBe(0);
+test("layers and those that arrived are as the report counts them: several rows may be of one layer", () => {
+  const found = readReport({ ...report(["transferred", "transferred", "not readable"]), layers: 2, arrived: 1 });
+  expect([found.arrived, found.layers, found.rows.length]).toEqual([1, 2, 3]);
 });
 
-test("what is lost with layers of unknown norm cannot be said", () => {
-  const data = report(["transferred", "not readable"]);
-  data.rows[1].retained_norm = null;
-  expect(readReport(data).isMeasured).toBe(false);
+test("the grade is the report's, whatever norm was kept", () => {
+  const found = readReport({ ...report(["transferred"]), retained_norm: 0.3, grade: "strong", left_out: true });
+  expect([found.kept, found.grade, found.leftOut]).toEqual([0.3, "strong", true]);
 });
 
 test("outcomes are counted in a fixed order", () => {
@@ -107,16 +99,7 @@ test("only what arrived has a share", () => {
 });
 
 test.each([
-  [NaN, "nothing"],
-  [0, "nothing"],
-  [0.2, "weak"],
-  [0.5, "fair"],
-  [0.9, "strong"],
-  [1.2, "strong"],
-])("%s of the norm is a %s effect", (kept, words) => expect(effect(kept)).toBe(words));
-
-test.each([
-  ["unet.down_blocks.1.attentions.0.transformer_blocks.3.attn1.to_out.0", "down 1 0.3 attn1.to_out.0"],
-  ["transformer.transformer_blocks.12.attn.to_q", "transformer_blocks 12 attn.to_q"],
-  ["unet.conv_in", "conv_in"],
-])("%s is short %s", (name, short) => expect(shortLayer(name)).toBe(short));
+  ["unet.down_blocks.1.attentions.0.transformer_blocks.3", "attn1.to_out.0", "down 1 0.3 attn1.to_out.0"],
+  ["transformer.transformer_blocks.12", "attn.to_q", "transformer_blocks 12 attn.to_q"],
+  ["unet", "conv_in", "unet conv_in"],
+])("%s.%s is short %s", (block, role, short) => expect(shortLayer({ block, role })).toBe(short));

@@ -38,14 +38,26 @@ function code(value) {
   return value === null ? 0 : Math.round((value + 0.27) / 0.005) + 1;
 }
 
+const NOTE = { code: "adapter_size", values: { adapter: "(4, 4)", source: "(8, 4)" }, text: "adapter (4, 4), source …" };
+const ADVICE = { code: "try_method", values: {}, text: "the method copy" };
+const WEAK = { code: "weak", values: { percent: 30, advice: ADVICE }, text: "weak effect: only 30%; try the method copy" };
+const MISSING = {
+  code: "missing",
+  values: { missing: 2, layers: 3, outcomes: { "below threshold": 1, "not in target": 1 } },
+  text: "2 of 3 layers get no update: 1 below threshold, 1 not in target",
+};
+
 /** A transfer report with rows of some outcomes. */
 export function report(outcomes = ["transferred", "below threshold", "not in target"]) {
   const rows = outcomes.map((outcome, i) => {
-    const source = `unet.down_blocks.0.attentions.${i}.transformer_blocks.0.attn1.to_q`;
+    const [block, role] = [`unet.down_blocks.0.attentions.${i}.transformer_blocks.0`, "attn1.to_q"];
+    const source = `${block}.${role}`;
     const [through, gone] = [outcome === "transferred", outcome === "not in target"];
     const score = { phi: 0.98, chance: 0.5, corrected: 0.96 };
     return {
       source,
+      block,
+      role,
       target: gone ? "" : source,
       outcome,
       method: gone ? "" : "project",
@@ -56,9 +68,11 @@ export function report(outcomes = ["transferred", "below threshold", "not in tar
       retained_norm: through ? 0.3 : 0,
       source_norm: 1,
       target_norm: through ? 0.3 : 0,
-      note: "",
+      notes: through ? [] : [NOTE],
     };
   });
+  const counts = {};
+  for (const outcome of outcomes) counts[outcome] = (counts[outcome] ?? 0) + 1;
   return {
     schema: "lorax-transfer",
     schema_version: 2,
@@ -70,12 +84,15 @@ export function report(outcomes = ["transferred", "below threshold", "not in tar
     threshold: 0.2,
     assignment: { pairs: {} },
     layers: rows.length,
-    arrived: 1,
-    outcomes: {},
+    arrived: counts.transferred ?? 0,
+    outcomes: counts,
     retained_norm: 0.3,
+    left_out: false,
+    grade: "weak",
     suggested_strength: 3.33,
+    most_strength: 4,
     summary: "1 of 3 layers arrived",
-    warnings: ["weak effect"],
+    warnings: [WEAK, MISSING],
     rows,
     unused: {},
   };
