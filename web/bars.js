@@ -1,3 +1,4 @@
+// @ts-check
 /** A list of layers with bars, of which only what is in sight is in the page: thousands cost nothing. */
 
 import { make } from "./elements.js";
@@ -7,12 +8,23 @@ const ROW = 18; // height of a row in CSS pixels, as in view.css
 const SPARE = 4; // rows kept above and below what is in sight
 
 /**
+ * A line of the list; values are NaN where there are none, and bars from 0 to 1.
+ * @typedef {object} Line
+ * @property {string} key
+ * @property {string} name
+ * @property {string} title
+ * @property {string} mark
+ * @property {boolean} faint
+ * @property {Record<string, number>} values
+ */
+
+/**
  * Return a list of layers.
- * @param {string[]} columns names of the values to draw, such as `left`
- * @param {(row: object | null) => void} onPoint a row is looked at
- * @param {(row: object | null) => void} onPin a row is pinned, or none
- *
- * A row is `{key, name, title, mark, faint, values}`; values are NaN where there are none, and bars from 0 to 1.
+ * @template {Line} L
+ * @param {object} options
+ * @param {string[]} options.columns names of the values to draw, such as `left`
+ * @param {(row: L | null) => void} options.onPoint a row is looked at
+ * @param {(row: L | null) => void} options.onPin a row is pinned, or none
  */
 export function bars({ columns, onPoint, onPin }) {
   const head = make("div", { class: "lorax-head", "aria-hidden": "true" });
@@ -21,13 +33,21 @@ export function bars({ columns, onPoint, onPin }) {
   scroll.setAttribute("aria-label", say("layers_label"));
   scroll.dataset.captureWheel = "true";
   const element = make("div", { class: "lorax-bars" }, head, scroll);
-  const shown = { rows: [], columns, threshold: NaN, at: -1, pinned: null };
+  const shown = { columns, threshold: NaN, at: -1 };
+  /** @type {L[]} */
+  let rows = [];
+  /** @type {string | null} */
+  let pinned = null;
   const prefix = `lorax-${Math.random().toString(36).slice(2)}-`;
 
+  /**
+   * @param {string} name
+   * @param {number} number
+   */
   function value(name, number) {
     const known = !Number.isNaN(number);
     const cell = make("span", { class: "lorax-value" });
-    cell.style.setProperty("--lorax-share", known ? Math.min(Math.max(number, 0), 1) : 0);
+    cell.style.setProperty("--lorax-share", String(known ? Math.min(Math.max(number, 0), 1) : 0));
     if (name === "corrected" && shown.threshold > 0) {
       cell.append(make("i", { style: `left: ${100 * Math.min(shown.threshold, 1)}%` }));
     }
@@ -35,6 +55,10 @@ export function bars({ columns, onPoint, onPin }) {
     return cell;
   }
 
+  /**
+   * @param {L} row
+   * @param {number} i
+   */
   function line(row, i) {
     const option = make(
       "div",
@@ -43,8 +67,8 @@ export function bars({ columns, onPoint, onPin }) {
       make("span", { class: "lorax-name" }, row.name),
       ...shown.columns.map((name) => value(name, row.values[name])),
     );
-    option.dataset.place = i;
-    option.setAttribute("aria-selected", row.key === shown.pinned);
+    option.dataset.place = String(i);
+    option.setAttribute("aria-selected", String(row.key === pinned));
     option.classList.toggle("lorax-faint", row.faint);
     option.classList.toggle("lorax-at", i === shown.at);
     return option;
@@ -52,30 +76,38 @@ export function bars({ columns, onPoint, onPin }) {
 
   function render() {
     const from = Math.max(Math.floor(scroll.scrollTop / ROW) - SPARE, 0);
-    const to = Math.min(from + Math.ceil(scroll.clientHeight / ROW) + 2 * SPARE, shown.rows.length);
-    inner.style.height = `${shown.rows.length * ROW}px`;
-    inner.replaceChildren(...shown.rows.slice(from, to).map((row, i) => line(row, from + i)));
+    const to = Math.min(from + Math.ceil(scroll.clientHeight / ROW) + 2 * SPARE, rows.length);
+    inner.style.height = `${rows.length * ROW}px`;
+    inner.replaceChildren(...rows.slice(from, to).map((row, i) => line(row, from + i)));
   }
 
+  /** @param {number} i */
   function point(i) {
     shown.at = i;
     render();
-    onPoint(shown.rows[i] ?? null);
+    onPoint(rows[i] ?? null);
   }
 
+  /** @param {number} i */
   function toggle(i) {
-    const key = shown.rows[i]?.key ?? null;
-    shown.pinned = key === shown.pinned ? null : key;
+    const key = rows[i]?.key ?? null;
+    pinned = key === pinned ? null : key;
     render();
-    onPin(shown.pinned === null ? null : shown.rows[i]);
+    onPin(pinned === null ? null : rows[i]);
   }
 
+  /** @param {number} i */
   function reveal(i) {
     if (i * ROW < scroll.scrollTop) scroll.scrollTop = i * ROW;
     if ((i + 1) * ROW > scroll.scrollTop + scroll.clientHeight) scroll.scrollTop = (i + 1) * ROW - scroll.clientHeight;
   }
 
-  const placeOf = (event) => Number(event.target.closest?.(".lorax-row")?.dataset.place ?? -1);
+  /** @param {Event} event */
+  function placeOf({ target }) {
+    const row = target instanceof Element ? target.closest(".lorax-row") : null;
+    return row instanceof HTMLElement ? Number(row.dataset.place) : -1;
+  }
+
   inner.addEventListener("pointermove", (event) => {
     if (placeOf(event) !== shown.at) point(placeOf(event));
   });
@@ -85,14 +117,14 @@ export function bars({ columns, onPoint, onPin }) {
   scroll.addEventListener("keydown", (event) => {
     const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
     if (step) {
-      const i = Math.min(Math.max(shown.at + step, 0), shown.rows.length - 1);
+      const i = Math.min(Math.max(shown.at + step, 0), rows.length - 1);
       reveal(i);
       point(i);
       scroll.setAttribute("aria-activedescendant", `${prefix}${i}`);
     } else if (event.key === "Enter" && shown.at >= 0) {
       toggle(shown.at);
-    } else if (event.key === "Escape" && shown.pinned !== null) {
-      toggle(shown.rows.findIndex(({ key }) => key === shown.pinned));
+    } else if (event.key === "Escape" && pinned !== null) {
+      toggle(rows.findIndex(({ key }) => key === pinned));
     } else {
       return;
     }
@@ -103,10 +135,15 @@ export function bars({ columns, onPoint, onPin }) {
 
   return {
     element,
-    /** Show rows, with a line at a threshold of the corrected similarity. */
-    show(rows, threshold, names = columns) {
-      Object.assign(shown, { rows, threshold, columns: names });
-      element.style.setProperty("--lorax-columns", names.length);
+    /**
+     * Show rows, with a line at a threshold of the corrected similarity.
+     * @param {L[]} lines
+     * @param {number} threshold
+     */
+    show(lines, threshold, names = columns) {
+      rows = lines;
+      Object.assign(shown, { threshold, columns: names });
+      element.style.setProperty("--lorax-columns", String(names.length));
       head.replaceChildren(
         make("span"),
         make("span", { class: "lorax-name" }, say("layer")),
@@ -114,16 +151,22 @@ export function bars({ columns, onPoint, onPin }) {
       );
       render();
     },
-    /** Pin the row of a key without telling, and bring it into sight. */
+    /**
+     * Pin the row of a key without telling, and bring it into sight.
+     * @param {string | null} key
+     */
     pin(key) {
-      shown.pinned = key;
-      const i = shown.rows.findIndex((row) => row.key === key);
+      pinned = key;
+      const i = rows.findIndex((row) => row.key === key);
       if (i >= 0) reveal(i);
       render();
     },
-    /** Bring the first row that passes a test into sight. */
+    /**
+     * Bring the first row that passes a test into sight.
+     * @param {(row: L) => boolean} test
+     */
     reveal(test) {
-      const i = shown.rows.findIndex(test);
+      const i = rows.findIndex(test);
       if (i >= 0) scroll.scrollTop = i * ROW;
     },
   };

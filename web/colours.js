@@ -1,3 +1,4 @@
+// @ts-check
 /** Nine points of matplotlib's viridis: even in lightness, and readable for colour-blind people. */
 const VIRIDIS = [
   [68, 1, 84],
@@ -13,7 +14,10 @@ const VIRIDIS = [
 /** Where there is no value: a grey that is not on the scale. */
 export const EMPTY = [150, 150, 150];
 
-/** Return the colour [red, green, blue] of a value: viridis from 0 to 1, grey for NaN. */
+/**
+ * Return the colour [red, green, blue] of a value: viridis from 0 to 1, grey for NaN.
+ * @param {number} value
+ */
 export function colour(value) {
   if (Number.isNaN(value)) return EMPTY;
   const place = Math.min(Math.max(value, 0), 1) * (VIRIDIS.length - 1);
@@ -21,7 +25,10 @@ export function colour(value) {
   return VIRIDIS[low].map((part, i) => Math.round(part + (VIRIDIS[low + 1][i] - part) * (place - low)));
 }
 
-/** Return the pixels of a map, four bytes a value, for an ImageData. */
+/**
+ * Return the pixels of a map, four bytes a value, for an ImageData.
+ * @param {Float32Array} values
+ */
 export function pixels(values) {
   const table = Array.from({ length: 256 }, (_, i) => colour(i / 255));
   const found = new Uint8ClampedArray(values.length * 4);
@@ -34,4 +41,4 @@ export function pixels(values) {
 }
 
 /** The scale as a CSS gradient, from 0 to 1. */
-export const GRADIENT = `linear-gradient(to right, ${VIRIDIS.map((rgb) => `rgb(${rgb})`).join(", ")})`;
+export const GRADIENT = `linear-gradient(to right, ${VIRIDIS.map((rgb) => `rgb(${rgb.join(", ")})`).join(", ")})`;

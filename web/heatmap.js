@@ -1,3 +1,4 @@
+// @ts-check
 /** A map of blocks against blocks: one pixel of a canvas for each cell, and what is drawn over it as SVG. */
 
 import { EMPTY, GRADIENT, pixels } from "./colours.js";
@@ -5,16 +6,20 @@ import { draw, make } from "./elements.js";
 import { axisRuns } from "./names.js";
 import { say } from "./texts.js";
 
+/** @import { BlockMap, Cell, PairedCell } from "./similarity_data.js" */
+
 const LETTER = 5.6; // width of a letter of the axis labels, in CSS pixels
 const LINE = 11; // and their height
 const [DOT, MARK] = [1.7, 3]; // radius of a dot and of the other marks, in CSS pixels; less where cells are small
 const FINE = 5; // cells of fewer CSS pixels have thin marks
+/** @type {Record<string, [number, number]>} */
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
 /**
  * Return a map that can be pointed at and moved over by keyboard.
- * @param {(cell: {row: number, column: number} | null) => void} onPoint a cell is looked at
- * @param {(cell: {row: number, column: number} | null) => void} onPin a cell is pinned, or none
+ * @param {object} options
+ * @param {(cell: Cell | null) => void} options.onPoint a cell is looked at
+ * @param {(cell: Cell | null) => void} options.onPin a cell is pinned, or none
  */
 export function heatMap({ onPoint, onPin }) {
   const canvas = make("canvas");
@@ -32,23 +37,29 @@ export function heatMap({ onPoint, onPin }) {
   );
   plot.setAttribute("aria-label", say("map_label"));
   const element = make("div", { class: "lorax-map" }, make("div", { class: "lorax-area" }, plot));
-  const shown = { map: null, cells: [], at: null, pinned: null };
+  const nothing = { rows: [], columns: [], values: new Float32Array(), counts: new Uint16Array() };
+  /** @type {{ map: BlockMap, cells: PairedCell[], at: Cell | null, pinned: Cell | null }} */
+  const shown = { map: nothing, cells: [], at: null, pinned: null };
 
+  /** @param {Cell | null} cell */
   function outline(cell) {
     return cell ? `M${cell.column},${cell.row}h1v1h-1z` : "";
   }
 
+  /** @param {Cell | null} cell */
   function point(cell) {
     shown.at = cell;
     rectangles.at.setAttribute("d", outline(cell));
     onPoint(cell);
   }
 
+  /** @param {Cell | null} cell */
   function pin(cell) {
     shown.pinned = cell;
     rectangles.pinned.setAttribute("d", outline(cell));
   }
 
+  /** @param {MouseEvent} event */
   function cellAt(event) {
     const box = plot.getBoundingClientRect();
     const { rows, columns } = shown.map;
@@ -60,6 +71,7 @@ export function heatMap({ onPoint, onPin }) {
     return inside ? { row, column } : null;
   }
 
+  /** @param {Cell | null} cell */
   function toggle(cell) {
     const same = cell && shown.pinned && cell.row === shown.pinned.row && cell.column === shown.pinned.column;
     pin(same ? null : cell);
@@ -93,7 +105,7 @@ export function heatMap({ onPoint, onPin }) {
   });
 
   function label() {
-    if (!shown.map) return;
+    if (!shown.map.rows.length) return;
     writeAxis(axes.top, shown.map.columns, plot.clientWidth, "left", (run) => run.length * LETTER + 4);
     writeAxis(axes.left, shown.map.rows, plot.clientHeight, "top", () => LINE);
     drawMarks();
@@ -108,7 +120,8 @@ export function heatMap({ onPoint, onPin }) {
     const paths = { all: "", some: "", none: "" };
     for (const { row, column, count, above } of shown.cells) {
       const [x, y] = [column + 0.5, row + 0.5];
-      const circle = (r) => `M${x - r},${y}a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0`;
+      const circle = (/** @type {number} */ r) =>
+        `M${x - r},${y}a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0`;
       const cross = `M${x - r},${y - r}l${2 * r},${2 * r}M${x + r},${y - r}l${-2 * r},${2 * r}`;
       if (above === count) paths.all += circle(dot);
       else if (above) paths.some += circle(r);
@@ -125,19 +138,25 @@ export function heatMap({ onPoint, onPin }) {
   new ResizeObserver(label).observe(plot);
   return {
     element,
-    /** Show a map of `blockMap`. */
+    /**
+     * Show a map of `blockMap`.
+     * @param {BlockMap} map
+     */
     show(map) {
       Object.assign(shown, { map, cells: [], at: null });
       const [height, width] = [map.rows.length, map.columns.length];
       Object.assign(canvas, { width, height });
-      canvas.getContext("2d").putImageData(new ImageData(pixels(map.values), width, height), 0, 0);
+      canvas.getContext("2d")?.putImageData(new ImageData(pixels(map.values), width, height), 0, 0);
       over.setAttribute("viewBox", `0 0 ${width} ${height}`);
-      plot.style.setProperty("--lorax-aspect", width / height);
+      plot.style.setProperty("--lorax-aspect", String(width / height));
       rectangles.at.setAttribute("d", "");
       pin(null);
       label();
     },
-    /** Mark the cells of `pairedCells`. */
+    /**
+     * Mark the cells of `pairedCells`.
+     * @param {PairedCell[]} cells
+     */
     mark(cells) {
       shown.cells = cells;
       drawMarks();
@@ -146,7 +165,14 @@ export function heatMap({ onPoint, onPin }) {
   };
 }
 
-/** Write the labels of one axis: long names if all have room, else short ones, else those that do not overlap. */
+/**
+ * Write the labels of one axis: long names if all have room, else short ones, else those that do not overlap.
+ * @param {HTMLElement} axis
+ * @param {string[]} blocks
+ * @param {number} length
+ * @param {"left" | "top"} side
+ * @param {(text: string) => number} sizeOf
+ */
 function writeAxis(axis, blocks, length, side, sizeOf) {
   const runs = axisRuns(blocks).map((run) => ({
     ...run,
@@ -166,9 +192,11 @@ function writeAxis(axis, blocks, length, side, sizeOf) {
   }
 }
 
+const LEGEND = { all: "legend_above", some: "legend_some", none: "legend_below" };
+
 /** Return the legend of the map: the scale, and what the marks mean. */
 export function legend() {
-  const shape = (name, d) =>
+  const shape = (/** @type {keyof typeof LEGEND} */ name, /** @type {string} */ d) =>
     make(
       "span",
       { class: "lorax-key" },
@@ -179,14 +207,14 @@ export function legend() {
         draw("path", { class: "lorax-halo", d }),
         draw("path", { class: `lorax-mark lorax-mark-${name}`, d }),
       ),
-      say(`legend_${{ all: "above", some: "some", none: "below" }[name]}`),
+      say(LEGEND[name]),
     );
-  const circle = (r) => `M${7 - r},7a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0`;
+  const circle = (/** @type {number} */ r) => `M${7 - r},7a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0`;
   return make(
     "div",
     { class: "lorax-legend" },
     make("span", { class: "lorax-key" }, say("chance"), make("i", { style: `background: ${GRADIENT}` }), say("equal")),
-    make("span", { class: "lorax-key" }, make("b", { style: `background: rgb(${EMPTY})` }), say("no_value")),
+    make("span", { class: "lorax-key" }, make("b", { style: `background: rgb(${EMPTY.join(", ")})` }), say("no_value")),
     shape("all", circle(DOT)),
     shape("some", circle(MARK)),
     shape("none", "M4,4l6,6M10,4l-6,6"),

@@ -1,9 +1,11 @@
+// @ts-check
 /** The only file that knows ComfyUI's front end: views into nodes, and what they show into the workflow. */
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { lossView } from "./loss_view.js";
-import { keptShares, packReport, readReport } from "./report_data.js";
+import { keptShares, readReport } from "./report_data.js";
+import { packReport } from "./report_pack.js";
 import { reportView } from "./report_view.js";
 import { similarityView } from "./similarity_view.js";
 import { say, speak } from "./texts.js";
@@ -15,25 +17,52 @@ const TRAIN = "LoraXTrain";
 const TEXT = "$$node-text-preview"; // the front end's widget for the text that a node sends while it runs
 const WAITING = 44; // height of a view that has nothing to show yet
 
+/**
+ * The view of a node. One that depends on other nodes follows them: their thresholds (`follow`), or their reports too.
+ * @typedef {object} View
+ * @property {HTMLElement} element
+ * @property {(text: string) => void} fail
+ * @property {(data: unknown, state: unknown) => void} show
+ * @property {() => void} [follow]
+ * @property {() => void} [followReports]
+ */
+
+/**
+ * What a node sends, how much room its view takes, what of it the workflow file keeps, and how the view is made.
+ * @type {Record<string, { key: string, height: number, pack: (data: any) => unknown, attach: (node: HostNode) => View }>}
+ */
 const NODES = {
   [SIMILARITY]: { key: "lorax_similarity", height: 740, pack: (data) => data, attach: attachSimilarity },
   [TRANSFER]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
   [TRAIN]: { key: "lorax_loss", height: 190, pack: (data) => data, attach: lossView },
 };
-const views = new WeakMap(); // node -> what its attach function returned
-let telling = 0; // the timer of `tellSoon`
+/** @type {WeakMap<HostNode, View>} */
+const views = new WeakMap();
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let telling; // the timer of `tellSoon`
 
-/** Return what the workflow file keeps of a view, whatever its author put there. */
+/**
+ * Return what the workflow file keeps of a view, whatever its author put there.
+ * @param {HostNode} node
+ */
 function keptOf(node) {
-  const { data, state } = node.properties[KEPT] ?? {};
+  const { data, state } = /** @type {{ data?: unknown, state?: unknown }} */ (node.properties[KEPT] ?? {});
   return { data, state };
 }
 
+/**
+ * @param {HostNode} node
+ * @param {{ data?: unknown, state?: unknown }} values
+ */
 function keep(node, values) {
   node.properties[KEPT] = { ...keptOf(node), ...values };
 }
 
-/** Do something with the view of a node; where that fails the view says so, and the graph goes on. */
+/**
+ * Do something with the view of a node; where that fails the view says so, and the graph goes on.
+ * @param {HostNode} node
+ * @param {(view: View) => void} work
+ */
 function withView(node, work) {
   const view = views.get(node);
   if (!view) return;
@@ -41,10 +70,14 @@ function withView(node, work) {
     work(view);
   } catch (error) {
     console.warn("lorax:", error);
-    view.fail(say("failed", { what: error.message }));
+    view.fail(say("failed", { what: error instanceof Error ? error.message : "?" }));
   }
 }
 
+/**
+ * @param {HostNode} node
+ * @returns {View}
+ */
 function attachSimilarity(node) {
   const view = similarityView({
     onState: (state) => keep(node, { state }),
@@ -59,6 +92,7 @@ function attachSimilarity(node) {
     follow();
     view.setKept(reportOf(node));
   }
+  /** @type {View["show"]} */
   const show = (data, state) => {
     view.show(data, state);
     followReports();
@@ -66,8 +100,13 @@ function attachSimilarity(node) {
   return { ...view, show, follow, followReports };
 }
 
+/**
+ * @param {HostNode} node
+ * @returns {View}
+ */
 function attachReport(node) {
   const view = reportView({ onState: (state) => keep(node, { state }) });
+  /** @type {View["show"]} */
   const show = (data, state) => {
     view.show(data, state);
     tellAll("followReports");
@@ -75,11 +114,16 @@ function attachReport(node) {
   return { ...view, show };
 }
 
-/** Return the nodes that take what an output of a node gives, through reroutes, each once. */
+/**
+ * Return the nodes that take what an output of a node gives, through reroutes, each once.
+ * @param {HostNode} node
+ * @param {number} slot
+ * @param {Set<HostNode>} seen
+ */
 function takers(node, slot, seen = new Set()) {
   for (const id of node.outputs?.[slot]?.links ?? []) {
     const link = node.graph?.getLink?.(id) ?? node.graph?.links?.[id];
-    const taker = link && node.graph.getNodeById(link.target_id);
+    const taker = link && node.graph?.getNodeById(link.target_id);
     if (!taker || seen.has(taker)) continue;
     seen.add(taker);
     if (taker.type === "Reroute") takers(taker, 0, seen);
@@ -87,17 +131,25 @@ function takers(node, slot, seen = new Set()) {
   return [...seen];
 }
 
+/** @param {HostNode} node */
 function transfersOf(node) {
   return takers(node, 0).filter(({ type }) => type === TRANSFER);
 }
 
-/** Return the threshold widgets that a similarity sets: of the transfers that use it, unless a link gives theirs. */
+/**
+ * Return the threshold widgets that a similarity sets: of the transfers that use it, unless a link gives theirs.
+ * @param {HostNode} node
+ */
 function thresholds(node) {
   return transfersOf(node)
     .filter(({ inputs }) => !inputs?.some(({ widget, link }) => widget?.name === "threshold" && link != null))
     .flatMap(({ widgets }) => widgets?.filter(({ name }) => name === "threshold") ?? []);
 }
 
+/**
+ * @param {HostNode} node
+ * @param {number} value
+ */
 function setThreshold(node, value) {
   for (const widget of thresholds(node)) {
     widget.value = value;
@@ -106,19 +158,27 @@ function setThreshold(node, value) {
   app.graph.setDirtyCanvas(true, true);
 }
 
-/** Return what the layers kept in the transfers that use a similarity, by the names of the target. */
+/**
+ * Return what the layers kept in the transfers that use a similarity, by the names of the target.
+ * @param {HostNode} node
+ */
 function reportOf(node) {
-  const shares = transfersOf(node).map((transfer) => {
-    try {
-      return [...keptShares(readReport(keptOf(transfer).data))];
-    } catch {
-      return []; // its own view says what is wrong with it
-    }
-  });
+  const shares = transfersOf(node).map(
+    /** @returns {[string, number][]} */ (transfer) => {
+      try {
+        return [...keptShares(readReport(keptOf(transfer).data))];
+      } catch {
+        return []; // its own view says what is wrong with it
+      }
+    },
+  );
   return new Map(shares.flat());
 }
 
-/** Let the views of all similarities follow what changed: the threshold of a transfer (`follow`), or more. */
+/**
+ * Let the views of all similarities follow what changed: the threshold of a transfer, or more.
+ * @param {"follow" | "followReports"} what
+ */
 function tellAll(what) {
   const root = app.rootGraph ?? app.graph;
   const graphs = [root, ...(root?.subgraphs?.values() ?? [])];
@@ -131,24 +191,32 @@ function tellSoon() {
   telling = setTimeout(() => tellAll("followReports"));
 }
 
-/** Take away the text that the node shows where there is no view: the view says the same. */
+/**
+ * Take away the text that the node shows where there is no view: the view says the same.
+ * @param {HostNode} node
+ */
 function withoutText(node) {
   const widget = node.widgets?.find(({ name }) => name === TEXT);
   if (widget) node.removeWidget(widget);
 }
 
-/** Give a node the room that its view needs, and never less than the user gave it. */
+/**
+ * Give a node the room that its view needs, and never less than the user gave it.
+ * @param {HostNode} node
+ */
 function grow(node) {
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   app.graph.setDirtyCanvas(true, true);
 }
 
+/** @param {HostNode} node */
 function showKept(node) {
   const { data, state } = keptOf(node);
   if (data !== undefined) withView(node, (view) => view.show(data, state));
 }
 
+/** @param {HostNode} node */
 function attach(node) {
   const { key, height, pack, attach: make } = NODES[node.comfyClass];
   const view = make(node);
@@ -163,7 +231,7 @@ function attach(node) {
   widget.serialize = false;
   chain(node, "onConfigure", () => showKept(node));
   chain(node, "onConnectionsChange", tellSoon);
-  chain(node, "onExecuted", (output) => {
+  chain(node, "onExecuted", (/** @type {Record<string, unknown[]> | undefined} */ output) => {
     const data = output?.[key]?.[0];
     if (data === undefined) return;
     withView(node, () => keep(node, { data: pack(data) }));
@@ -174,19 +242,28 @@ function attach(node) {
   forward(view.element);
 }
 
+/**
+ * Let something be done after a method of the host.
+ * @param {any} object a node or a widget, whose methods are set from outside
+ * @param {string} name
+ * @param {(...values: any[]) => void} then
+ */
 function chain(object, name, then) {
   const before = object[name];
-  object[name] = function (...values) {
+  object[name] = function (/** @type {unknown[]} */ ...values) {
     const result = before?.apply(this, values);
     then(...values);
     return result;
   };
 }
 
-/** Let the canvas have what is meant for it: the wheel where nothing scrolls, and the middle button. */
+/**
+ * Let the canvas have what is meant for it: the wheel where nothing scrolls, and the middle button.
+ * @param {HTMLElement} element
+ */
 function forward(element) {
   element.addEventListener("wheel", (event) => {
-    const list = event.target.closest("[data-capture-wheel]");
+    const list = closest(event, "[data-capture-wheel]");
     if (list && list.scrollHeight > list.clientHeight && !event.ctrlKey) {
       event.stopPropagation();
     } else {
@@ -195,19 +272,37 @@ function forward(element) {
       app.canvas.processMouseWheel(event);
     }
   });
-  const moves = { pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
-  for (const [type, method] of Object.entries(moves)) {
+  /** @type {["pointerdown" | "pointermove" | "pointerup", keyof HostCanvas][]} */
+  const moves = [
+    ["pointerdown", "processMouseDown"],
+    ["pointermove", "processMouseMove"],
+    ["pointerup", "processMouseUp"],
+  ];
+  for (const [type, method] of moves) {
     element.addEventListener(type, (event) => {
       const middle = event.button === 1 || (event.buttons & 4) === 4;
       if (middle) app.canvas[method](event);
-      if (event.target.closest("input, select, button, [tabindex]")) event.stopPropagation();
+      if (closest(event, "input, select, button, [tabindex]")) event.stopPropagation();
     });
   }
 }
 
-/** Return a node by the id that the server gives it: `5`, or `3:5` inside of a subgraph. */
+/**
+ * @param {Event} event
+ * @param {string} selector
+ */
+function closest({ target }, selector) {
+  return target instanceof Element ? target.closest(selector) : null;
+}
+
+/**
+ * Return a node by the id that the server gives it: `5`, or `3:5` inside of a subgraph.
+ * @param {unknown} id
+ */
 function nodeById(id) {
+  /** @type {HostGraph | undefined} */
   let graph = app.rootGraph ?? app.graph;
+  /** @type {HostNode | null | undefined} */
   let node = null;
   for (const part of String(id).split(":")) {
     node = graph?.getNodeById(Number(part)) ?? graph?.getNodeById(part);
@@ -223,6 +318,7 @@ app.registerExtension({
     style.href = new URL("./view.css", import.meta.url).href;
     document.head.append(style);
     const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
+    /** @type {Record<string, HostTexts>} */
     const texts = await api.getCustomNodesI18n().catch(() => ({})); // without them it is English
     speak(texts[language]?.lorax);
   },

@@ -1,9 +1,12 @@
+// @ts-check
 /** The loss of a training while it runs. */
 
 import { Problem } from "./checks.js";
 import { draw, make } from "./elements.js";
 import { lossLines, readLoss } from "./loss_data.js";
 import { say } from "./texts.js";
+
+/** @import { Loss } from "./loss_data.js" */
 
 const [WIDTH, HEIGHT] = [300, 110];
 
@@ -17,6 +20,7 @@ export function lossView() {
   const steps = make("div", { class: "lorax-line lorax-steps" });
   const now = make("div", { class: "lorax-count" });
 
+  /** @param {string} text */
   function fail(text) {
     message.textContent = text;
     element.replaceChildren(message);
@@ -26,8 +30,12 @@ export function lossView() {
   return {
     element,
     fail,
-    /** Show all points so far; where they cannot be read, say why. */
+    /**
+     * Show all points so far; where they cannot be read, say why.
+     * @param {unknown} data
+     */
     show(data) {
+      /** @type {Loss} */
       let loss;
       try {
         loss = readLoss(data);
@@ -36,11 +44,11 @@ export function lossView() {
         return fail(say(error.message, error.values));
       }
       const { points, total } = loss;
-      const [first, last] = [points[0], points.at(-1)];
+      const [first, last] = [points[0], points[points.length - 1]];
       const lines = lossLines(loss, WIDTH, HEIGHT);
       line.setAttribute("d", lines.line);
       mean.setAttribute("d", lines.mean);
-      const digits = (value) => value.toPrecision(3);
+      const digits = (/** @type {number} */ value) => value.toPrecision(3);
       scale.replaceChildren(make("span", {}, digits(lines.high)), make("span", {}, digits(lines.low)));
       steps.replaceChildren(make("span", {}, "0"), make("span", {}, String(total)));
       now.textContent = say("step_loss", { step: last.step, total, loss: digits(last.loss) });

@@ -1,3 +1,4 @@
+// @ts-check
 /** What a transfer did: what arrived, how strong it will be, what was skipped and why, layer by layer. */
 
 import { bars } from "./bars.js";
@@ -6,11 +7,16 @@ import { make } from "./elements.js";
 import { outcomes, readReport, reportText, shortLayer, SIGNS } from "./report_data.js";
 import { say, tell } from "./texts.js";
 
+/** @import { Line } from "./bars.js" */
+/** @import { Report, Row } from "./report_data.js" */
+/** @typedef {Line & { row: Row }} RowLine */
+
 const REPORT_STATE = { outcome: "", pinned: "" }; // what the user chose
 
 /**
  * Return the view.
- * @param {(state: object) => void} onState what the user chose changed: `{outcome, pinned}`
+ * @param {object} options
+ * @param {(state: typeof REPORT_STATE) => void} options.onState what the user chose changed
  */
 export function reportView({ onState }) {
   const element = make("div", { class: "lorax-view lorax-report" });
@@ -29,30 +35,42 @@ export function reportView({ onState }) {
       describe(row);
     },
   });
-  let [report, rows, state] = [null, [], { ...REPORT_STATE }];
+  /** @type {Report | null} */
+  let report = null;
+  /** @type {RowLine[]} */
+  let rows = [];
+  let state = { ...REPORT_STATE };
 
+  /** @param {Partial<typeof REPORT_STATE>} values */
   function change(values) {
     state = { ...state, ...values };
     onState(state);
   }
 
   copy.addEventListener("click", async () => {
+    if (!report) return;
     copy.textContent = say((await copyText(reportText(report))) ? "copied" : "not_copied");
     setTimeout(() => (copy.textContent = say("copy")), 2000);
   });
 
+  /**
+   * @param {string} value
+   * @param {string} words
+   * @param {number} share
+   */
   function figure(value, words, share, kind = "") {
     const found = make("div", { class: `lorax-figure ${kind}` }, make("b", {}, value), make("span", {}, words));
-    found.style.setProperty("--lorax-share", share);
+    found.style.setProperty("--lorax-share", String(share));
     return found;
   }
 
-  function fill() {
+  /** @param {Report} report */
+  function fill(report) {
     const { arrived, kept, grade, leftOut, strength, layers: count } = report;
     const known = !Number.isNaN(kept);
     const suggested = !Number.isNaN(strength);
     title.replaceChildren(make("b", {}, report.adapter), `: ${report.source} → ${report.target}`);
-    title.title = title.textContent;
+    title.title = title.textContent ?? "";
     figures.replaceChildren(
       figure(`${arrived} / ${count}`, say("arrived"), arrived / count),
       figure(
@@ -69,21 +87,27 @@ export function reportView({ onState }) {
     );
     warnings.replaceChildren(...report.warnings.map((warning) => make("li", {}, tell(warning))));
     warnings.hidden = !warnings.children.length;
-    chips.replaceChildren(chip("", report.rows.length), ...outcomes(report.rows).map(([outcome, n]) => chip(outcome, n)));
-    list();
+    const all = { outcome: "", count: report.rows.length };
+    chips.replaceChildren(...[all, ...outcomes(report.rows)].map((found) => chip(report, found)));
+    list(report);
   }
 
-  function chip(outcome, count) {
+  /**
+   * @param {Report} report
+   * @param {{ outcome: string, count: number }} found
+   */
+  function chip(report, { outcome, count }) {
     const words = outcome ? `${SIGNS[outcome]} ${say(outcome)} ${count}` : `${say("all")} ${count}`;
     const button = make("button", { type: "button", "aria-pressed": state.outcome === outcome }, words);
     button.addEventListener("click", () => {
       change({ outcome, pinned: "" });
-      fill();
+      fill(report);
     });
     return button;
   }
 
-  function list() {
+  /** @param {Report} report */
+  function list(report) {
     const found = report.rows.filter((row) => !state.outcome || row.outcome === state.outcome);
     rows = found.map((row) => ({
       key: row.source,
@@ -91,7 +115,7 @@ export function reportView({ onState }) {
       title: row.source,
       mark: SIGNS[row.outcome],
       faint: !row.arrived,
-      values: row,
+      values: { left: row.left, right: row.right, corrected: row.corrected, kept: row.kept },
       row,
     }));
     layers.show(rows, report.threshold);
@@ -99,21 +123,27 @@ export function reportView({ onState }) {
     describe(null);
   }
 
+  /** @param {RowLine | null} shown */
   function describe(shown) {
-    const { row } = shown ?? rows.find(({ key }) => key === state.pinned) ?? {};
-    const number = (key) => `${say(key)} ${digits(row[key], 3)}`;
-    const method = row?.method && (row.rank ? say("method_rank", row) : row.method);
-    const lines = row
-      ? [
-          row.source,
-          `→ ${row.target || "–"}`,
-          [say(row.outcome), method, ...row.notes.map(tell)].filter(Boolean).join(" · "),
-          ["left", "right", "corrected", "kept"].map(number).join(" · "),
-        ]
-      : [say("layers_hint")];
-    details.replaceChildren(...lines.map((line) => make("div", { title: line }, line)));
+    const line = shown ?? rows.find(({ key }) => key === state.pinned);
+    const words = line ? ofRow(line) : [say("layers_hint")];
+    details.replaceChildren(...words.map((text) => make("div", { title: text }, text)));
   }
 
+  /** @param {RowLine} line */
+  function ofRow({ row, values }) {
+    const method = row.rank ? say("method_rank", { method: row.method, rank: row.rank }) : row.method;
+    return [
+      row.source,
+      `→ ${row.target || "–"}`,
+      [say(row.outcome), method, ...row.notes.map(tell)].filter(Boolean).join(" · "),
+      Object.entries(values)
+        .map(([key, value]) => `${say(key)} ${digits(value, 3)}`)
+        .join(" · "),
+    ];
+  }
+
+  /** @param {string} text */
   function fail(text) {
     report = null;
     message.textContent = text;
@@ -124,29 +154,41 @@ export function reportView({ onState }) {
   return {
     element,
     fail,
-    /** Show the JSON of a transfer; where it cannot be read, say why. Returns what was read, or null. */
+    /**
+     * Show the JSON of a transfer; where it cannot be read, say why.
+     * @param {unknown} data
+     * @param {unknown} [saved] the state of before
+     */
     show(data, saved) {
+      /** @type {Report} */
+      let found;
       try {
-        report = readReport(data);
+        found = readReport(data);
       } catch (error) {
         if (!(error instanceof Problem)) throw error;
-        fail(say(error.message, error.values));
-        return null;
+        return fail(say(error.message, error.values));
       }
+      report = found;
       state = readState(saved, REPORT_STATE);
-      if (!outcomes(report.rows).some(([outcome]) => outcome === state.outcome)) state.outcome = "";
+      if (!outcomes(found.rows).some(({ outcome }) => outcome === state.outcome)) state.outcome = "";
       element.replaceChildren(title, figures, warnings, chips, layers.element, details, copy);
-      fill();
-      return report;
+      fill(found);
     },
   };
 }
 
+/**
+ * @param {number} value
+ * @param {number} count
+ */
 function digits(value, count) {
   return Number.isNaN(value) ? "–" : value.toFixed(count);
 }
 
-/** Put text on the clipboard; without a secure connection only the old way is there. Return whether it is there. */
+/**
+ * Put text on the clipboard; without a secure connection only the old way is there. Return whether it is there.
+ * @param {string} text
+ */
 async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);

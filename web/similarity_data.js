@@ -1,21 +1,61 @@
+// @ts-check
 /** What the similarity view shows, from the JSON of `lorax/show/view.schema.json`. Nothing here knows a browser. */
 
-import { checkSchema, item, list, number, Problem, word } from "./checks.js";
+import { checkSchema, item, list, number, Problem, record, word } from "./checks.js";
 import { GROUP_NAMES, groupOf, stageOf } from "./names.js";
 
 const SIMILARITY_SCHEMA = "lorax-similarity-view";
 const MOST_CELLS = 2 ** 22; // of a map: 2,048 x 2,048 blocks
 
+/** @typedef {{ name: string, block: string, stage: string, shape: number[], group: string }} ViewedLayer */
+
+/**
+ * The layers of one kind, those of the source first, and the values of all their pairs, source by source; NaN: none.
+ * @typedef {{ kind: string, group: string, sides: [ViewedLayer[], ViewedLayer[]], values: Float32Array | null }} Kind
+ */
+
+/**
+ * A layer of the target, what feeds it, and how similar they are.
+ * @typedef {object} Pair
+ * @property {ViewedLayer} target
+ * @property {ViewedLayer | null} source
+ * @property {number} left
+ * @property {number} right
+ * @property {number} corrected
+ */
+
+/**
+ * Layers of both bases, the values of all pairs by kind, and for each target layer what feeds it.
+ * @typedef {object} Similarity
+ * @property {string} source
+ * @property {string} target
+ * @property {number | null} rank
+ * @property {ViewedLayer[]} sources
+ * @property {ViewedLayer[]} targets
+ * @property {Kind[]} kinds
+ * @property {Pair[]} pairs
+ * @property {number} least below this a value is the lowest that is told, or less
+ */
+
+/** @typedef {{ group: string, stage: string }} Filter what is chosen; empty: all */
+/** @typedef {{ rows: string[], columns: string[], values: Float32Array, counts: Uint16Array }} BlockMap */
+/** @typedef {{ row: number, column: number }} Cell */
+/** @typedef {Cell & { count: number, above: number }} PairedCell */
+
 /**
  * Read a similarity.
- * @returns layers of both bases, the values of all pairs by kind, and for each target layer what feeds it
+ * @param {unknown} given
+ * @returns {Similarity}
  * @throws {Problem} what came is of another version, damaged, or empty
  */
-export function readSimilarity(data) {
-  checkSchema(data, SIMILARITY_SCHEMA);
-  const shapes = list(data.shapes, "shapes").map((shape) => list(shape, "shapes").map((side) => number(side, "shapes")));
+export function readSimilarity(given) {
+  const data = checkSchema(given, SIMILARITY_SCHEMA);
+  const shapes = list(data.shapes, "shapes").map((shape) =>
+    list(shape, "shapes").map((side) => number(side, "shapes")),
+  );
   const [sources, targets] = ["sources", "targets"].map((side) => readTable(data[side], shapes, side));
-  const [lowest, step] = ["lowest", "step"].map((part) => number(data.scale?.[part], "scale"));
+  const scale = record(data.scale, "scale");
+  const [lowest, step] = ["lowest", "step"].map((part) => number(scale[part], "scale"));
   const kinds = list(data.kinds, "kinds").map((kind) => readKind(kind, sources, targets, { lowest, step }));
   const pairs = list(data.pairs, "pairs").map((pair) => {
     const [target, source, left, right, corrected] = list(pair, "pairs");
@@ -35,8 +75,15 @@ export function readSimilarity(data) {
   return { source, target, rank, sources, targets, kinds, pairs, least: lowest + step };
 }
 
-function readTable(table, shapes, side) {
-  const [blocks, roles] = ["blocks", "roles"].map((part) => list(table?.[part], side).map((name) => word(name, side)));
+/**
+ * @param {unknown} given
+ * @param {number[][]} shapes
+ * @param {string} side
+ * @returns {ViewedLayer[]}
+ */
+function readTable(given, shapes, side) {
+  const table = record(given, side);
+  const [blocks, roles] = ["blocks", "roles"].map((part) => list(table[part], side).map((name) => word(name, side)));
   return list(table.layers, side).map((entry) => {
     const [block, role, shape] = list(entry, side);
     const place = item(blocks, block, side);
@@ -45,29 +92,42 @@ function readTable(table, shapes, side) {
   });
 }
 
-function readKind(kind, sources, targets, { lowest, step }) {
+/**
+ * @param {unknown} given
+ * @param {ViewedLayer[]} sources
+ * @param {ViewedLayer[]} targets
+ * @param {{ lowest: number, step: number }} scale
+ * @returns {Kind}
+ */
+function readKind(given, sources, targets, { lowest, step }) {
+  const kind = record(given, "kinds");
+  /** @type {[ViewedLayer[], ViewedLayer[]]} */
   const sides = [
-    list(kind?.sources, "kinds").map((place) => item(sources, place, "kinds")),
+    list(kind.sources, "kinds").map((place) => item(sources, place, "kinds")),
     list(kind.targets, "kinds").map((place) => item(targets, place, "kinds")),
   ];
   const name = word(kind.kind, "kinds");
-  const found = { kind: name, group: groupOf(name), sides, values: null };
-  if (kind.corrected === null) return found;
+  const group = groupOf(name);
+  if (kind.corrected === null) return { kind: name, group, sides, values: null };
   let bytes = "";
   try {
-    bytes = atob(kind.corrected);
+    bytes = atob(String(kind.corrected));
   } catch {
     // What is no base64 has no length that fits.
   }
-  if (bytes.length !== sides[0].length * sides[1].length) throw new Problem("damaged", { what: found.kind });
-  found.values = Float32Array.from(bytes, (byte) => {
-    const code = byte.charCodeAt(0);
-    return code ? lowest + step * (code - 1) : NaN;
-  });
-  return found;
+  if (bytes.length !== sides[0].length * sides[1].length) throw new Problem("damaged", { what: name });
+  const values = new Float32Array(bytes.length);
+  for (let i = 0; i < bytes.length; i++) {
+    const code = bytes.charCodeAt(i);
+    values[i] = code ? lowest + step * (code - 1) : NaN;
+  }
+  return { kind: name, group, sides, values };
 }
 
-/** Return what the filters offer: the groups and the stages that there are, in order. */
+/**
+ * Return what the filters offer: the groups and the stages that there are, in order.
+ * @param {Similarity} model
+ */
 export function choices(model) {
   const layers = [...model.sources, ...model.targets];
   return {
@@ -76,19 +136,29 @@ export function choices(model) {
   };
 }
 
+/**
+ * @param {ViewedLayer} layer
+ * @param {Filter} filter
+ */
 function chosen(layer, { group, stage }) {
   return (!group || layer.group === group) && (!stage || layer.stage === stage);
 }
 
-/** Return the pairs whose target layer passes the filter. */
+/**
+ * Return the pairs whose target layer passes the filter.
+ * @param {Similarity} model
+ * @param {Filter} filter
+ */
 export function chosenPairs(model, filter) {
   return model.pairs.filter(({ target }) => chosen(target, filter));
 }
 
 /**
  * Return the map of blocks: for each source block and target block the mean over the kinds of layer that both have.
- * @returns `rows` and `columns` (names of blocks), `values` and `counts` (row by row), or null where no pairs were kept
- *   or the map would be too large
+ * @param {Similarity} model
+ * @param {Filter} filter
+ * @returns {BlockMap | null} `rows` and `columns` (names of blocks), `values` and `counts` (row by row), or null where no
+ *   pairs were kept or the map would be too large
  */
 export function blockMap(model, filter) {
   if (model.kinds.some(({ values }) => values === null)) return null;
@@ -101,7 +171,7 @@ export function blockMap(model, filter) {
   const values = new Float32Array(rows.length * columns.length);
   const counts = new Uint16Array(values.length);
   for (const { group, sides, values: pairs } of model.kinds) {
-    if (filter.group && group !== filter.group) continue;
+    if (pairs === null || (filter.group && group !== filter.group)) continue;
     sides[0].forEach((source, i) => {
       const row = rowOf.get(source.block);
       if (row === undefined) return;
@@ -118,19 +188,33 @@ export function blockMap(model, filter) {
   return { rows, columns, values, counts };
 }
 
-/** Whether a layer gets its update: it is fed, and its similarity is not at or below the threshold (NaN is not). */
+/**
+ * Whether a layer gets its update: it is fed, and its similarity is not at or below the threshold (NaN is not).
+ * @param {Pair} pair
+ * @param {number} threshold
+ */
 export function isAbove(pair, threshold) {
   return pair.source !== null && !(pair.corrected <= threshold);
 }
 
-/** Return how many of some pairs would be transferred. */
+/**
+ * Return how many of some pairs would be transferred.
+ * @param {Pair[]} pairs
+ * @param {number} threshold
+ */
 export function countAbove(pairs, threshold) {
   return pairs.filter((pair) => isAbove(pair, threshold)).length;
 }
 
-/** Return the cells of a map where a block feeds a block: `{row, column, count, above}`, layers and those above. */
+/**
+ * Return the cells of a map where a block feeds a block: how many layers, and how many of them are above.
+ * @param {BlockMap} map
+ * @param {Pair[]} pairs
+ * @param {number} threshold
+ */
 export function pairedCells(map, pairs, threshold) {
   const [rowOf, columnOf] = [map.rows, map.columns].map((blocks) => new Map(blocks.map((block, i) => [block, i])));
+  /** @type {Map<number, PairedCell>} */
   const cells = new Map();
   for (const pair of pairs) {
     const row = pair.source && rowOf.get(pair.source.block);
@@ -145,7 +229,14 @@ export function pairedCells(map, pairs, threshold) {
   return [...cells.values()];
 }
 
-/** Return how many pairs have a corrected similarity in each of `count` steps from `low` to `high`, ends and beyond. */
+/**
+ * Return how many pairs have a corrected similarity in each of `count` steps from `low` to `high`, ends and beyond.
+ * @param {Pair[]} pairs
+ * @param {number} low
+ * @param {number} high
+ * @param {number} count
+ * @returns {number[]}
+ */
 export function histogram(pairs, low, high, count) {
   const bins = new Array(count).fill(0);
   for (const { corrected } of pairs) {

@@ -1,3 +1,4 @@
+// @ts-check
 /** The similarity of two bases: a map of blocks, a threshold, and the layers with their values. */
 
 import { bars } from "./bars.js";
@@ -18,19 +19,35 @@ import {
 import { say } from "./texts.js";
 import { HIGH, LOW, STEPS, thresholdSlider } from "./threshold.js";
 
+/** @import { Line } from "./bars.js" */
+/** @import { BlockMap, Cell, Pair, PairedCell, Similarity, ViewedLayer } from "./similarity_data.js" */
+/** @typedef {Line & { pair: Pair }} PairLine */
+/** @typedef {{ row?: PairLine | null, cell?: Cell | null }} Pointed what is looked at */
+
 const MANY = 1000;
 const SIMILARITY_STATE = { group: "", stage: "", pinned: "", threshold: 0 }; // what the user chose
 
 /**
  * Return the view.
- * @param {(state: object) => void} onState what the user chose changed: `{group, stage, pinned, threshold}`
- * @param {(value: number) => void} onThreshold the user set another threshold
- * @param {(threshold: number) => string} note what setting the threshold does, in words
+ * @param {object} options
+ * @param {(state: typeof SIMILARITY_STATE) => void} options.onState what the user chose changed
+ * @param {(value: number) => void} options.onThreshold the user set another threshold
+ * @param {(threshold: number) => string} options.note what setting the threshold does, in words
  */
 export function similarityView({ onState, onThreshold, note }) {
   const element = make("div", { class: "lorax-view lorax-similarity" });
-  let [model, map, pairs, kept] = [null, null, [], new Map()];
-  let [rows, cellCounts] = [[], new Map()];
+  /** @type {Similarity | null} */
+  let model = null;
+  /** @type {BlockMap | null} */
+  let map = null;
+  /** @type {Pair[]} */
+  let pairs = [];
+  /** @type {Map<string, number>} */
+  let kept = new Map();
+  /** @type {PairLine[]} */
+  let rows = [];
+  /** @type {Map<number, PairedCell>} */
+  let cellCounts = new Map();
   let state = { ...SIMILARITY_STATE };
 
   const title = make("div", { class: "lorax-title" });
@@ -41,12 +58,13 @@ export function similarityView({ onState, onThreshold, note }) {
   const slider = thresholdSlider({ onDrag: drag });
   const layers = bars({
     columns: ["left", "right", "corrected"],
-    onPoint: (row) => describe(row && { row }),
+    onPoint: (/** @type {PairLine | null} */ row) => describe(row && { row }),
     onPin: (row) => pinLayer(row?.key ?? ""),
   });
   const controls = make("div", { class: "lorax-controls" }, selects.group.label, selects.stage.label);
   const parts = [title, controls, message, heat.element, legend(), details, slider.element, layers.element];
 
+  /** @param {"kind" | "stage"} name */
   function select(name) {
     const box = make("select");
     box.addEventListener("change", () => {
@@ -57,6 +75,12 @@ export function similarityView({ onState, onThreshold, note }) {
     return { box, label: make("label", {}, say(name), box) };
   }
 
+  /**
+   * @param {HTMLSelectElement} box
+   * @param {string[]} values
+   * @param {string} chosen
+   * @param {(value: string) => string} words
+   */
   function options(box, values, chosen, words) {
     box.replaceChildren(
       ...["", ...values].map((value) => make("option", { value }, value ? words(value) : say("all"))),
@@ -65,15 +89,17 @@ export function similarityView({ onState, onThreshold, note }) {
     return box.value;
   }
 
+  /** @param {Partial<typeof SIMILARITY_STATE>} values */
   function change(values) {
     state = { ...state, ...values };
     onState(state);
   }
 
   function filter() {
+    if (!model) return;
     map = blockMap(model, state);
     pairs = chosenPairs(model, state);
-    const empty = !pairs.length || (map && !map.values.length);
+    const empty = !pairs.length || map?.values.length === 0;
     const crowd = pairs.length > MANY ? say("many_layers", { count: pairs.length }) : "";
     message.textContent = empty ? say("nothing_chosen") : map ? crowd : say("no_map");
     message.hidden = !message.textContent;
@@ -81,15 +107,15 @@ export function similarityView({ onState, onThreshold, note }) {
     if (map && !empty) heat.show(map);
     slider.fill(histogram(pairs, LOW, HIGH, STEPS));
     refresh();
-    show(state.pinned);
+    show();
   }
 
   function refresh() {
     const above = countAbove(pairs, state.threshold);
     slider.show(state.threshold, above, pairs.length, note(state.threshold));
     if (map?.values.length) {
-      const cells = pairedCells(map, pairs, state.threshold);
-      cellCounts = new Map(cells.map((cell) => [cell.row * map.columns.length + cell.column, cell]));
+      const [cells, width] = [pairedCells(map, pairs, state.threshold), map.columns.length];
+      cellCounts = new Map(cells.map((cell) => [cell.row * width + cell.column, cell]));
       heat.mark(cells);
     }
     rows = pairs.map((pair) => {
@@ -103,6 +129,7 @@ export function similarityView({ onState, onThreshold, note }) {
     layers.show(rows, state.threshold, ["left", "right", "corrected", ...(kept.size ? ["kept"] : [])]);
   }
 
+  /** @param {number} threshold */
   function drag(threshold) {
     change({ threshold });
     onThreshold(threshold);
@@ -110,46 +137,55 @@ export function similarityView({ onState, onThreshold, note }) {
     describe(null);
   }
 
-  function cellOf({ source, target }) {
-    const cell = { row: map?.rows.indexOf(source?.block) ?? -1, column: map?.columns.indexOf(target.block) ?? -1 };
+  /**
+   * @param {string} source
+   * @param {string} target
+   */
+  function cellOf(source, target) {
+    const cell = { row: map?.rows.indexOf(source) ?? -1, column: map?.columns.indexOf(target) ?? -1 };
     return cell.row >= 0 && cell.column >= 0 ? cell : null;
   }
 
+  /** The cell of the two blocks that a state has pinned. */
+  function pinnedCell() {
+    const [source, target = ""] = state.pinned.split(" ");
+    return cellOf(source, target);
+  }
+
+  /** @param {Cell | null} cell */
   function pinCell(cell) {
-    const name = cell && `${map.rows[cell.row]} ${map.columns[cell.column]}`;
-    change({ pinned: name ?? "" });
+    const [source, target] = cell && map ? [map.rows[cell.row], map.columns[cell.column]] : [];
+    change({ pinned: target === undefined ? "" : `${source} ${target}` });
     layers.pin(null);
-    if (cell) layers.reveal(({ pair }) => pair.target.block === map.columns[cell.column]);
+    if (target !== undefined) layers.reveal(({ pair }) => pair.target.block === target);
     describe(null);
   }
 
+  /** @param {string} name */
   function pinLayer(name) {
     change({ pinned: name });
-    show(name);
+    show();
   }
 
-  /** Pin what a state says: the name of a target layer, or two blocks. */
-  function show(pinned) {
-    const row = rows.find(({ key }) => key === pinned);
-    const [source, target] = pinned.split(" ");
-    heat.pin(map && (row ? cellOf(row.pair) : cellOf({ source: { block: source }, target: { block: target ?? "" } })));
-    layers.pin(row ? pinned : null);
+  /** Pin what the state says: the name of a target layer, or two blocks. */
+  function show() {
+    const row = rows.find(({ key }) => key === state.pinned);
+    heat.pin(row ? cellOf(row.pair.source?.block ?? "", row.pair.target.block) : pinnedCell());
+    layers.pin(row ? state.pinned : null);
     describe(null);
   }
 
+  /** @param {Pointed | null} what */
   function describe(what) {
-    const pinned = state.pinned && !what;
-    const row = what?.row ?? (pinned && rows.find(({ key }) => key === state.pinned));
-    const [source, target] = state.pinned.split(" ");
-    const cell =
-      what?.cell ?? (pinned && map && target && cellOf({ source: { block: source }, target: { block: target } }));
-    const lines = row ? ofLayer(row.pair) : cell ? ofCell(cell) : [say("map_hint")];
+    const pinned = what ? null : { row: rows.find(({ key }) => key === state.pinned), cell: pinnedCell() };
+    const { row, cell } = what ?? pinned ?? {};
+    const lines = row ? ofLayer(row.pair) : (cell && ofCell(cell)) || [say("map_hint")];
     if (pinned && (row || cell)) lines[2] += ` · ${say("pinned")}`;
     details.replaceChildren(...lines.map((line) => make("div", { title: line }, line)));
   }
 
+  /** @param {Pair} pair */
   function ofLayer({ source, target, left, right, corrected }) {
-    const size = ({ shape }) => shape.join(" × ");
     const share = kept.get(target.name);
     const values = { left, right, corrected, ...(share === undefined ? {} : { kept: share }) };
     const words = Object.entries(values).map(
@@ -158,30 +194,34 @@ export function similarityView({ onState, onThreshold, note }) {
     return [
       source ? source.name : say("no_source"),
       `→ ${target.name}`,
-      [source, target].filter(Boolean).map(size).join(" → "),
+      [...(source ? [source] : []), target].map(({ shape }) => shape.join(" × ")).join(" → "),
       source ? words.join(" · ") : "",
     ];
   }
 
+  /** @param {Cell} cell */
   function ofCell({ row, column }) {
+    if (!map || !model) return null;
+    const { sources, targets } = model;
     const place = row * map.columns.length + column;
     const [value, count] = [map.values[place], map.counts[place]];
     const pair = cellCounts.get(place);
     const words = value <= model.least ? "lowest_of" : "mean_of";
-    const sizes = (side, block) => {
-      const layers = model[side].filter((layer) => layer.block === block);
-      const found = [...new Set(layers.map(({ shape }) => shape.join(" × ")))];
+    const sizes = (/** @type {ViewedLayer[]} */ layers, /** @type {string} */ block) => {
+      const shapes = layers.filter((layer) => layer.block === block).map(({ shape }) => shape.join(" × "));
+      const found = [...new Set(shapes)];
       return `${found.slice(0, 2).join(", ")}${found.length > 2 ? ", …" : ""}`;
     };
     const found = count ? say(words, { value: value.toFixed(2), count }) : say("other_size");
     return [
       map.rows[row],
       `→ ${map.columns[column]}`,
-      `${sizes("sources", map.rows[row])} → ${sizes("targets", map.columns[column])}`,
+      `${sizes(sources, map.rows[row])} → ${sizes(targets, map.columns[column])}`,
       `${found} · ${pair ? say("paired", pair) : say("not_paired")}`,
     ];
   }
 
+  /** @param {string} text */
   function fail(text) {
     model = null;
     message.textContent = text;
@@ -193,31 +233,44 @@ export function similarityView({ onState, onThreshold, note }) {
   return {
     element,
     fail,
-    /** Show the JSON of a similarity; where it cannot be read, say why. */
+    /**
+     * Show the JSON of a similarity; where it cannot be read, say why.
+     * @param {unknown} data
+     * @param {unknown} [saved] the state of before
+     */
     show(data, saved) {
+      /** @type {Similarity} */
+      let found;
       try {
-        model = readSimilarity(data);
+        found = readSimilarity(data);
       } catch (error) {
         if (!(error instanceof Problem)) throw error;
         return fail(say(error.message, error.values));
       }
+      model = found;
       state = readState(saved, { ...SIMILARITY_STATE, threshold: state.threshold });
-      const offered = choices(model);
+      const offered = choices(found);
       state.group = options(selects.group.box, offered.groups, state.group, (group) => say(`group_${group}`));
       state.stage = options(selects.stage.box, offered.stages, state.stage, String);
-      const rank = model.rank === null ? say("full_rank") : say("at_rank", { rank: model.rank });
-      title.replaceChildren(make("b", {}, model.source), " → ", make("b", {}, model.target), ` · ${rank}`);
-      title.title = title.textContent;
+      const rank = found.rank === null ? say("full_rank") : say("at_rank", { rank: found.rank });
+      title.replaceChildren(make("b", {}, found.source), " → ", make("b", {}, found.target), ` · ${rank}`);
+      title.title = title.textContent ?? "";
       element.replaceChildren(...parts);
       filter();
     },
-    /** Follow a threshold that was set elsewhere; what is no number sets none. */
+    /**
+     * Follow a threshold that was set elsewhere; what is no number sets none.
+     * @param {unknown} threshold
+     */
     setThreshold(threshold) {
-      if (threshold === state.threshold || !Number.isFinite(threshold)) return;
+      if (typeof threshold !== "number" || !Number.isFinite(threshold) || threshold === state.threshold) return;
       state.threshold = threshold;
       if (model) refresh();
     },
-    /** Take what each target layer kept of its update, from a transfer that was made. */
+    /**
+     * Take what each target layer kept of its update, from a transfer that was made.
+     * @param {Map<string, number>} shares
+     */
     setKept(shares) {
       kept = shares;
       if (model) refresh();

@@ -1,5 +1,9 @@
+// @ts-check
 /** The words of the views. A translation is the `lorax` part of `locales/<language>/main.json`, with the same keys. */
 
+/** @import { Counts, Note } from "./report_data.js" */
+
+/** @type {Record<string, string>} */
 export const ENGLISH = {
   waiting_similarity: "Queue the workflow: the comparison appears here.",
   waiting_report: "Queue the workflow: what arrived appears here.",
@@ -82,34 +86,58 @@ export const ENGLISH = {
 };
 
 let texts = ENGLISH;
+/** @type {Record<string, string>} */
 let notes = {}; // the sentences of notes, by their codes; English ones come with the notes
 
-/** Take translated texts; what they lack stays English. */
-export function speak(translated) {
-  texts = { ...ENGLISH, ...translated };
-  notes = translated?.notes ?? {};
+/**
+ * Take translated texts; what they lack stays English.
+ * @param {{ [key: string]: unknown, notes?: Record<string, string> }} [translated] texts by their keys, and notes
+ */
+export function speak({ notes: sentences = {}, ...words } = {}) {
+  texts = /** @type {Record<string, string>} */ ({ ...ENGLISH, ...words });
+  notes = sentences;
 }
 
-/** Return a text, with its {names} replaced by values. */
+/**
+ * Return a text, with its {names} replaced by values.
+ * @param {string} key
+ * @param {Record<string, unknown>} values
+ */
 export function say(key, values = {}) {
   return inserted(Object.hasOwn(texts, key) ? texts[key] : key, values);
 }
 
-/** Return what a note of a report says. */
+/**
+ * Return what a note of a report says.
+ * @param {Note} note
+ * @returns {string}
+ */
 export function tell({ code, values, text }) {
   if (!Object.hasOwn(notes, code)) return text;
   const words = Object.entries(values).map(([name, value]) => [name, typeof value === "object" ? inner(value) : value]);
   return inserted(notes[code], Object.fromEntries(words));
 }
 
-/** Another note, or how many there are of each outcome. */
+/** @param {Note | Counts} value another note, or how many there are of each outcome */
 function inner(value) {
-  if (value.code !== undefined) return tell(value);
+  if (isNote(value)) return tell(value);
   return Object.entries(value)
     .map(([outcome, count]) => `${count} ${say(outcome)}`)
     .join(", ");
 }
 
+/**
+ * @param {Note | Counts} value
+ * @returns {value is Note}
+ */
+function isNote(value) {
+  return "code" in value;
+}
+
+/**
+ * @param {string} text
+ * @param {Record<string, unknown>} values
+ */
 function inserted(text, values) {
   return text.replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
 }

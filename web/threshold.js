@@ -1,3 +1,4 @@
+// @ts-check
 /** A threshold that can be dragged, under a histogram of what it parts. */
 
 import { draw, keepKeys, make } from "./elements.js";
@@ -7,7 +8,8 @@ export const [LOW, HIGH, STEPS] = [-0.25, 0.99, 62];
 
 /**
  * Return the slider.
- * @param {(value: number) => void} onDrag the user set another threshold
+ * @param {object} options
+ * @param {(value: number) => void} options.onDrag the user set another threshold
  */
 export function thresholdSlider({ onDrag }) {
   const input = make("input", { type: "range", min: LOW, max: HIGH, step: 0.01, "aria-label": say("threshold") });
@@ -26,18 +28,28 @@ export function thresholdSlider({ onDrag }) {
   keepKeys(input);
   return {
     element,
-    /** Show a value, how many pairs are above it, and what dragging does. */
+    /**
+     * Show a value, how many pairs are above it, and what dragging does.
+     * @param {number} value
+     * @param {number} above
+     * @param {number} all
+     * @param {string} words
+     */
     show(value, above, all, words) {
-      input.value = value;
+      input.value = String(value);
       shown.value = value.toFixed(2);
       input.setAttribute("aria-valuetext", `${value.toFixed(2)}: ${say("counted", { above, count: all })}`);
       count.textContent = say("counted", { above, count: all });
       note.textContent = words;
     },
-    /** Show how many pairs lie where. */
+    /**
+     * Show how many pairs lie where.
+     * @param {number[]} counts
+     */
     fill(counts) {
       const most = Math.max(...counts, 1);
-      const bar = (n, i) => (n ? `M${i},1v${-Math.max(n / most, 0.06)}h0.8V1z` : "");
+      const bar = (/** @type {number} */ n, /** @type {number} */ i) =>
+        n ? `M${i},1v${-Math.max(n / most, 0.06)}h0.8V1z` : "";
       bins.replaceChildren(draw("path", { d: counts.map(bar).join("") }));
     },
   };

@@ -19,6 +19,7 @@ SCRIPTS = (
     "bars",
     "threshold",
     "similarity_view",
+    "report_pack",
     "report_data",
     "report_view",
     "page",

@@ -6,7 +6,8 @@ import { describe, expect, test } from "vitest";
 import { MOST_ITEMS, Problem, readState } from "../../web/checks.js";
 import { lossLines, readLoss } from "../../web/loss_data.js";
 import { axisRuns, shortBlock } from "../../web/names.js";
-import { keptShares, outcomes, packReport, readReport, reportText, shortLayer } from "../../web/report_data.js";
+import { keptShares, outcomes, readReport, reportText, shortLayer } from "../../web/report_data.js";
+import { packReport } from "../../web/report_pack.js";
 import { blockMap, choices, chosenPairs, histogram, pairedCells, readSimilarity } from "../../web/similarity_data.js";
 import { say, speak, tell } from "../../web/texts.js";
 import { computed, report, similarity } from "./sources.js";
@@ -74,7 +75,8 @@ test.each(KINDS)("every value of a %s may be anything", (_, show, make) => {
       try {
         show(changed(make(), way, value));
       } catch (error) {
-        if (!(error instanceof Problem)) throw new Error(`${way.join(".")} = ${JSON.stringify(value)}`, { cause: error });
+        if (!(error instanceof Problem))
+          throw new Error(`${way.join(".")} = ${JSON.stringify(value)}`, { cause: error });
         expect(say(error.message, error.values)).not.toMatch(/\{\w+\}|\[object|undefined/);
         refused += 1;
       }
@@ -111,7 +113,10 @@ describe("what is too much", () => {
     ["60,000 blocks", () => readSimilarity(changed(wide, ["sources", "blocks"], new Array(60_000).fill("x")))],
     ["60,000 pairs", () => readSimilarity({ ...wide, pairs: new Array(60_000).fill([0, 0, 1, 1, 1]) })],
     ["60,000 rows", () => readReport(report(new Array(60_000).fill("transferred")))],
-    ["500,000 points", () => readLoss({ steps: new Array(500_000).fill(1), losses: new Array(500_000).fill(1), total: 1 })],
+    [
+      "500,000 points",
+      () => readLoss({ steps: new Array(500_000).fill(1), losses: new Array(500_000).fill(1), total: 1 }),
+    ],
   ])("%s are refused", (_, read) => {
     const start = computed();
     expect(read).toThrow("too_many");

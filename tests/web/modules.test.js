@@ -14,12 +14,28 @@ test.each(files)("%s imports files beside it; only host.js the front end", (name
   }
 });
 
-test.each(files.filter((name) => /_data|checks|names|colours|texts/.test(name)))("%s knows no browser", (name) => {
-  expect(read(name)).not.toMatch(/\b(document|window|navigator)\./);
-});
+test.each(files.filter((name) => /_data|_pack|checks|names|colours|texts/.test(name)))(
+  "%s knows no browser",
+  (name) => {
+    expect(read(name)).not.toMatch(/\b(document|window|navigator)\./);
+  },
+);
 
 test.each(files)("%s sets no HTML and asks for nothing", (name) => {
   expect(read(name)).not.toMatch(
     /innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\bfetch\(|XMLHttpRequest|https?:\/\/(?!www\.w3\.org)/,
   );
+});
+
+test.each(files)("%s is checked by TypeScript", (name) => {
+  expect(read(name)).toMatch(/^\/\/ @ts-check\n/);
+  expect(read(name)).not.toMatch(/@ts-(ignore|nocheck|expect-error)/);
+});
+
+test("no two files give a name to something at their top: lorax/show/page.py makes one module of them", () => {
+  const names = files
+    .filter((name) => name !== "host.js")
+    .flatMap((name) => [...read(name).matchAll(/^(?:export )?(?:const|let|function|class) (\w+)/gm)])
+    .map(([, name]) => name);
+  expect(names.filter((name, i) => names.indexOf(name) !== i)).toEqual([]);
 });

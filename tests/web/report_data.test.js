@@ -1,6 +1,7 @@
 import { describe, expect, test } from "vitest";
 
-import { keptShares, outcomes, packReport, readReport, reportText, shortLayer } from "../../web/report_data.js";
+import { keptShares, outcomes, readReport, reportText, shortLayer } from "../../web/report_data.js";
+import { packReport } from "../../web/report_pack.js";
 import { Problem } from "../../web/checks.js";
 import { report } from "./sources.js";
 
@@ -89,8 +90,8 @@ test("the grade is the report's, whatever norm was kept", () => {
 test("outcomes are counted in a fixed order", () => {
   const rows = readReport(report(["not in target", "transferred", "not in target"])).rows;
   expect(outcomes(rows)).toEqual([
-    ["transferred", 1],
-    ["not in target", 2],
+    { outcome: "transferred", count: 1 },
+    { outcome: "not in target", count: 2 },
   ]);
 });
 

@@ -38,9 +38,17 @@ function code(value) {
   return value === null ? 0 : Math.round((value + 0.27) / 0.005) + 1;
 }
 
-const NOTE = { code: "adapter_size", values: { adapter: "(4, 4)", source: "(8, 4)" }, text: "adapter (4, 4), source …" };
+const NOTE = {
+  code: "adapter_size",
+  values: { adapter: "(4, 4)", source: "(8, 4)" },
+  text: "adapter (4, 4), source …",
+};
 const ADVICE = { code: "try_method", values: {}, text: "the method copy" };
-const WEAK = { code: "weak", values: { percent: 30, advice: ADVICE }, text: "weak effect: only 30%; try the method copy" };
+const WEAK = {
+  code: "weak",
+  values: { percent: 30, advice: ADVICE },
+  text: "weak effect: only 30%; try the method copy",
+};
 const MISSING = {
   code: "missing",
   values: { missing: 2, layers: 3, outcomes: { "below threshold": 1, "not in target": 1 } },
