@@ -1,6 +1,7 @@
 """The page of the command line in a real browser: what it shows, how it is used, and what it does with bad data."""
 
 import json
+from dataclasses import replace
 
 import jsonschema
 import pytest
@@ -176,6 +177,25 @@ def test_the_grade_is_by_what_should_arrive(show):
     assert "full effect" in words
     assert "in the target already" in words
     assert not opened.locator(".lorax-warnings").is_visible()
+
+
+@pytest.mark.parametrize(
+    ("locale", "language", "words"),
+    [
+        ("en-US", "en", ["weak effect: only 25%", "1 below threshold", "layers arrived"]),
+        ("fr-CA", "fr", ["effet faible\N{NO-BREAK SPACE}: seuls 25", "1 sous le seuil", "couches arrivées"]),
+        ("de-DE", "en", ["weak effect: only 25%"]),
+    ],
+)
+def test_the_page_speaks_the_language_of_the_browser(show, locale, language, words):
+    lost = Row("unet.b.0.to_q", "unet.b.0.to_q", Outcome.BELOW_THRESHOLD, source_norm=1e-3)
+    row = replace(lost, source="unet.a.0.to_q", outcome=Outcome.TRANSFERRED, source_norm=1.0, target_norm=0.25)
+    report = TransferReport("style", "a", "b", "auto", 320, 0.0, match_nothing(), [row, lost])
+    opened = show(page(report.to_json()), locale=locale)
+    said = opened.locator(".lorax-view").inner_text()
+    assert [text for text in words if text not in said] == []
+    assert opened.evaluate("document.documentElement.lang") == language
+    picture(opened, f"page-{locale}")
 
 
 HOSTILE = "</script><img src=x onerror='window.hacked = 1'><b>&amp;"

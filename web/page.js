@@ -3,7 +3,7 @@
 
 import { reportView } from "./report_view.js";
 import { similarityView } from "./similarity_view.js";
-import { say } from "./texts.js";
+import { say, speak } from "./texts.js";
 
 /** @param {{ schema?: unknown }} data */
 function viewOf({ schema }) {
@@ -13,7 +13,16 @@ function viewOf({ schema }) {
   return similarityView({ onState: ignore, onThreshold: ignore, note });
 }
 
-const data = JSON.parse(document.getElementById("lorax-data")?.textContent ?? "{}");
+/** @param {string} id */
+function jsonOf(id) {
+  return JSON.parse(document.getElementById(id)?.textContent ?? "{}");
+}
+
+const [data, translations] = [jsonOf("lorax-data"), jsonOf("lorax-texts")];
+const languages = navigator.languages.map((tag) => tag.split("-")[0]);
+const language = languages.find((name) => name === "en" || Object.hasOwn(translations, name)) ?? "en";
+document.documentElement.lang = language;
+speak(translations[language]);
 const view = viewOf(data);
 document.getElementById("lorax-view")?.append(view.element);
 view.show(data);

@@ -75,7 +75,7 @@ export function reportView({ onState }) {
       figure(`${arrived} / ${count}`, say("arrived"), arrived / count),
       figure(
         known ? `${Math.round(kept * 100)} %` : "–",
-        `${say(leftOut ? "norm_left_out" : "norm_kept")}: ${say(grade)}`,
+        say(leftOut ? "norm_left_out" : "norm_kept", { grade: say(grade) }),
         known ? Math.min(kept, 1) : 0,
         `lorax-${grade}`,
       ),

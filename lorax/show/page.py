@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-# Inside of the package where it is installed, beside it in a checkout.
-PLACES = (Path(__file__).parents[1] / "web", Path(__file__).parents[2] / "web")
+# Where `web` and `locales` are: inside of the package where it is installed, beside it in a checkout.
+PLACES = (Path(__file__).parents[1], Path(__file__).parents[2])
 # Each after what it imports.
 SCRIPTS = (
     "checks",
@@ -39,6 +39,7 @@ PAGE = """<!doctype html>
 <body>
 <main id="lorax-view"></main>
 <script type="application/json" id="lorax-data">{data}</script>
+<script type="application/json" id="lorax-texts">{texts}</script>
 <script type="module">
 {script}
 </script>
@@ -50,17 +51,25 @@ PAGE = """<!doctype html>
 def page(data: dict[str, Any]) -> str:
     """Return an HTML page that shows the JSON of a similarity (`similarity_view`) or a transfer (`TransferReport`).
 
-    It asks for nothing else: scripts and style stand in it, and a browser is told to load nothing.
+    It asks for nothing else: scripts, style and texts stand in it, and a browser is told to load nothing. It speaks the
+    first of the browser's languages that is English or has texts in `locales/`.
 
     Args:
         data: Plain data without NaN. No text of it can end the script that it stands in.
     """
-    web = next(path for path in PLACES if path.is_dir())
+    root = next(path for path in PLACES if (path / "web").is_dir())
+    web = root / "web"
+    texts = {path.parent.name: json.loads(path.read_bytes())["lorax"] for path in root.glob("locales/*/main.json")}
     scripts = [(web / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
     # The files are modules; one after the other they are one, without what ties them.
     tied = re.compile(r"^import\s[^;]*;\n|^export (?=const |function |class )", re.MULTILINE)
     return PAGE.format(
         style="".join((web / name).read_text(encoding="utf-8") for name in ("view.css", "page.css")),
-        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        data=_json(data),
+        texts=_json(texts),
         script="\n".join(tied.sub("", script) for script in scripts),
     )
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

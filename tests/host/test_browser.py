@@ -309,6 +309,46 @@ def test_what_a_workflow_file_keeps_may_be_broken(host, browser):
         nothing_wrong(page, host)
 
 
+# As releases before version 2 wrote it.
+OLD = {
+    "LoraXSimilarity": {"schema": "lorax-similarity-view", "schema_version": 1, "source": "a", "target": "b"}
+    | {"rank": None, "matching": "auto", "shapes": [[4, 4]], "sources": {"blocks": ["unet"], "roles": ["conv_in"]}}
+    | {"targets": {}, "kinds": [], "pairs": []},
+    "LoraXTransfer": {"schema": "lorax-transfer-packed", "schema_version": 1, "adapter": "x", "source": "a"}
+    | {"target": "b", "method": "auto", "rank": 320, "threshold": 0.0, "layers": 1, "arrived": 1, "warnings": ["weak"]}
+    | {"retained_energy": 0.3, "suggested_strength": 3.3, "summary": "1 of 1 layers arrived", "unused": {}}
+    | {
+        "words": ["transferred", "copy", ""],
+        "rows": [["unet.conv_in", 0, 0, 1, 0, 1, 1, 1, 0.3, 2]],
+        "unused_count": 0,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("locale", "rank", "words"),
+    [("en", 44, "An older version of lorax made this"), ("fr", 45, "une version plus ancienne de lorax")],
+    ids=["en", "fr"],
+)
+def test_a_workflow_of_an_older_version_says_so_and_runs(host, browser, locale, rank, words):
+    with front_end(host, browser, locale=locale) as page:
+        workflow = graph(rank=rank, threshold=0.25)
+        state = {"pinned": "unet.conv_in", "outcome": ""}
+        for entry in workflow["nodes"]:
+            if entry["type"] in OLD:
+                entry["properties"] = {"lorax": {"data": OLD[entry["type"]], "state": state}}
+        drop(page, workflow)
+        for view in (".lorax-similarity", ".lorax-report"):
+            assert words in page.locator(f"{view} .lorax-message").inner_text()
+        for kind, data in OLD.items():
+            assert kept(page, kind) == {"data": data, "state": state}
+        assert threshold_widget(page) == 0.25
+        queue(page)
+        page.wait_for_selector(".lorax-similarity canvas")
+        assert page.locator(".lorax-report .lorax-row").count() > 5
+        nothing_wrong(page, host)
+
+
 SIDE = {"blocks": ["unet"], "roles": ["conv_in"], "layers": [[0, 0, 0]]}
 KIND = {"kind": "unet:conv_in", "sources": [0], "targets": [0], "corrected": "/w=="}
 ROW = {
@@ -492,6 +532,8 @@ def test_in_french(host, browser):
         assert {"Similarité des sous-espaces", "Transfert LoRA-X", "Charger LoRA-X"} <= set(titles)
         assert "couches seraient transférées" in page.locator(".lorax-similarity .lorax-count").inner_text()
         assert page.get_by_role("button", name="Copier le texte").count() == 1
+        warnings = page.locator(".lorax-warnings").inner_text()
+        assert re.search(r"effet faible.*essayez la méthode copy.*une force d.environ \d", warnings)
         picture(page, "french")
         assert overlaps(page) == []
         nothing_wrong(page, host)
