@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from demo.pruned import pruned_pair
 from demo.synthetic import base_tensors
-from lorax import Base, Cache, Engine, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import Base, Cache, Engine, TransferOptions, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.models.families import families
 
 from .memory import peak
@@ -50,8 +50,10 @@ def ours(folder: Path, method: str, device: str, who: str) -> dict[str, str]:
     cache = Cache(folder / "cache", 2**36) if who in ("ours-filling", "ours-cached") else None
     source, target = open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
     adapter = load_adapter(folder / "lora.safetensors", source)
-    engine = Engine(device, who == "ours-fast", cache)
-    result, report = transfer_adapter(adapter, source, target, method=method, engine=engine)
+    engine = Engine(device, cache)
+    result, report = transfer_adapter(
+        adapter, source, target, TransferOptions(method=method, fast=who == "ours-fast"), engine=engine
+    )
     save_adapter(result, folder / "out.safetensors")
     return {row.target: row.source for row in report.rows if row.target}
 

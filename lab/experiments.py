@@ -15,7 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from lorax import Adapter, LoraxError, save_adapter, transfer_adapter
+from lorax import Adapter, LoraxError, TransferOptions, save_adapter, transfer_adapter
 from lorax.compare.matching import match_bases
 from lorax.compare.similarity import score_layers
 from lorax.linalg import decompose
@@ -135,7 +135,7 @@ class Pair:
         if isinstance(way.options, str):
             moved = {name: self._idea(way.options, name, deltas[fed]) for name, fed in self.fed.items()}
         else:
-            result, _ = transfer_adapter(adapter, self.source, self.target, **way.options)
+            result, _ = transfer_adapter(adapter, self.source, self.target, TransferOptions(**way.options))
             moved = dense(result, self.target)
         moved = {name: way.strength * delta for name, delta in moved.items()}
         return moved, _norm(moved) / _norm(deltas)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .models.base import Base, module_base, open_base
     from .models.layers import Layer, LayerTable
+    from .options import TransferOptions
     from .transfer.report import Outcome, Row, TransferReport, similarity_json
     from .transfer.run import transfer_adapter
 
@@ -45,6 +46,7 @@ _PLACES = {
     ),
     "models.layers": ("Layer", "LayerTable"),
     "compare.matching": ("Assignment", "load_assignment", "match_bases"),
+    "options": ("TransferOptions",),
     "transfer.report": ("Outcome", "Row", "TransferReport", "similarity_json"),
     "compare.scores": ("Score",),
     "compare.similarity": ("Similarity", "compare_bases", "pair_scores"),
@@ -73,6 +75,7 @@ __all__ = [
     "Row",
     "Score",
     "Similarity",
+    "TransferOptions",
     "TransferReport",
     "__version__",
     "compare_bases",

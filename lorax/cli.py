@@ -3,9 +3,12 @@
 import json
 import math
 import re
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,7 +16,7 @@ from rich.table import Table
 from .console import bar, plain, png, print_migration, print_report, print_similarity, say, warn
 from .entry import run
 from .errors import FileError, OptionError, printable
-from .options import LORA_RANK, RANK, THRESHOLD, Choice, Dora, DType, Format, Matching, Method, Naming, Run
+from .options import LORA_RANK, RANK, Choice, DType, Format, Naming, Run, TransferOptions
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -47,22 +50,6 @@ BASE = "Checkpoint, U-Net file, or folder of a diffusers pipeline."
 SourceOption = Annotated[Path, typer.Option("--source", help=f"Base that the adapter was made for. {BASE}")]
 TargetOption = Annotated[Path, typer.Option("--target", help=f"Base that it shall work on. {BASE}")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to write; an older one is replaced.")]
-MethodOption = Annotated[Method, typer.Option(help="auto: orthogonal, and align where the size changes.")]
-ThresholdOption = Annotated[float, typer.Option(help="A layer gets an update above this corrected similarity.")]
-MatchingOption = Annotated[
-    Matching,
-    typer.Option(help="Pairing of blocks: auto goes by similarity, in order, where the bases differ in depth."),
-]
-LoraRankOption = Annotated[
-    int, typer.Option(help="Rank of the LoRA that another kind of update becomes, if it cannot be copied.")
-]
-DoraOption = Annotated[
-    Dora, typer.Option(help="Move a DoRA's direction and keep its magnitudes' ratio, or its dense update.")
-]
-FormatOption = Annotated[Format, typer.Option("--format", help="Form of the result.")]
-FastOption = Annotated[
-    bool, typer.Option("--fast", help="Subspaces about twice as fast, the update right to about 1e-4.")
-]
 NamingOption = Annotated[Naming, typer.Option(help="Spelling of the layers in the result.")]
 DTypeOption = Annotated[DType, typer.Option(help="Storage of the result.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
@@ -74,6 +61,34 @@ RankOption = Annotated[
     int | None,
     typer.Option(help="Singular directions that make a weight's leading subspace.", show_default=str(RANK)),
 ]
+
+
+def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of `TransferOptions`, in place of its parameter `options`."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        chosen = {option.name: given.pop(option.name) for option in fields(TransferOptions)}
+        command(options=TransferOptions(**chosen), **given)
+
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        parameters += _option_parameters() if parameter.name == "options" else [parameter]
+    run.__signature__ = signature(command).replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _option_parameters() -> list[Parameter]:
+    found: list[Parameter] = []
+    for option in fields(TransferOptions):
+        spelled = f"--{option.name.replace('_', '-')}"  # told, so that a switch gets no --no-...
+        said = {"help": option.metadata["help"], "rich_help_panel": "How it is moved"}
+        shown = option.metadata.get("shown")
+        info = typer.Option(spelled, **said, **({} if shown is None else {"show_default": str(shown)}))
+        kind = Parameter.POSITIONAL_OR_KEYWORD
+        found.append(Parameter(option.name, kind, default=option.default, annotation=Annotated[option.type, info]))
+    return found
 
 
 @app.callback(invoke_without_command=True)
@@ -153,38 +168,29 @@ def similarity(
     if png_file:
         write_bytes(png_file, png(result))
     if html_file:
-        pairs = or_on_cpu(lambda engine: match_bases(base_s, base_t, known=result.scores, engine=engine), engine)
+        pairs = or_on_cpu(lambda engine: match_bases(base_s, base_t, scores=result.scores, engine=engine), engine)
         write_bytes(html_file, page(similarity_view(result, base_s, base_t, pairs)).encode())
 
 
 @app.command()
+@transfer_options
 def transfer(
     adapter: AdapterFile,
     source: SourceOption,
     target: TargetOption,
     output: OutputOption,
-    method: MethodOption = Method.auto,
-    rank: RankOption = None,
-    threshold: ThresholdOption = THRESHOLD,
-    matching: MatchingOption = Matching.auto,
+    options: TransferOptions,
     assignment_file: Annotated[
         Path | None, typer.Option("--assignment", help="Take the pairs of blocks from this file (or report).")
     ] = None,
     save_assignment: Annotated[
         Path | None, typer.Option(help="Write the pairs of blocks to this file, to look at, edit and give back.")
     ] = None,
-    lora_rank: LoraRankOption = LORA_RANK,
-    dora: DoraOption = Dora.direction,
-    output_format: FormatOption = Format.lora,
-    naming: NamingOption = Naming.keep,
-    dtype: DTypeOption = DType.keep,
     report_file: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON.")] = None,
     png_file: Annotated[Path | None, typer.Option("--png", help="Draw what each layer kept.")] = None,
     html_file: HtmlOption = None,
     device: DeviceOption = Device.auto,
-    fast: FastOption = False,
     cache: CacheOption = True,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail unless every layer of the file arrives.")] = False,
 ) -> None:
     """Move an adapter from its source base to a target base."""
     from .adapters import load_adapter, save_adapter
@@ -203,25 +209,11 @@ def transfer(
     with bar("transferring") as progress:
         result, report = or_on_cpu(
             lambda engine: transfer_adapter(
-                loaded,
-                base_s,
-                base_t,
-                method=method.value,
-                rank=rank,
-                lora_rank=lora_rank,
-                threshold=threshold,
-                matching=matching.value,
-                assignment=assignment,
-                dora=dora.value,
-                output_format=output_format.value,
-                dtype=_dtype(dtype),
-                engine=engine,
-                strict=strict,
-                progress=progress,
+                loaded, base_s, base_t, options, assignment=assignment, engine=engine, progress=progress
             ),
-            _engine(device, cache, fast=fast),
+            _engine(device, cache),
         )
-    save_adapter(result, output, naming=naming.value)
+    save_adapter(result, output)
     if report_file:
         write_bytes(report_file, json.dumps(report.to_json(), indent=1).encode())
     if save_assignment:
@@ -234,9 +226,11 @@ def transfer(
 
 
 @app.command()
+@transfer_options
 def migrate(
     folder: Annotated[Path, typer.Argument(help="Folder of adapters, with all below it.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; its structure is that of FOLDER.")],
+    options: TransferOptions,
     source: Annotated[Path | None, typer.Option("--source", help=f"Base that they were made for. {BASE}")] = None,
     target: Annotated[Path | None, typer.Option("--target", help=f"Base that they shall work on. {BASE}")] = None,
     manifest: Annotated[
@@ -248,29 +242,15 @@ def migrate(
     ] = None,
     gpu_share: Annotated[float, typer.Option(help="Ray: share of a GPU that a task takes.")] = 0.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the migration in the output folder.")] = False,
-    method: MethodOption = Method.auto,
-    rank: RankOption = None,
-    threshold: ThresholdOption = THRESHOLD,
-    matching: MatchingOption = Matching.auto,
-    lora_rank: LoraRankOption = LORA_RANK,
-    dora: DoraOption = Dora.direction,
-    output_format: FormatOption = Format.lora,
-    naming: NamingOption = Naming.keep,
-    dtype: DTypeOption = DType.keep,
     report_file: Annotated[Path | None, typer.Option("--report", help="Write what became of each as JSON.")] = None,
     device: DeviceOption = Device.auto,
-    fast: FastOption = False,
     cache: CacheOption = True,
 ) -> None:
     """Move a whole library of adapters; interrupted, it goes on where it was. Status 1 if any adapter failed."""
     from .files.output import check_output, write_bytes
-    from .migration import Options, input_files, output_files, plan_folder, plan_manifest
+    from .migration import input_files, output_files, plan_folder, plan_manifest
     from .migration import migrate as migrated
 
-    options = Options(
-        method.value, rank, lora_rank, threshold, matching.value, dora.value, output_format.value, naming.value,
-        dtype.value, fast,
-    )  # fmt: skip
     if manifest and not source and not target:
         tasks = plan_manifest(manifest, folder, options, output)
     elif source and target and not manifest:
@@ -391,11 +371,11 @@ def _check_outputs(outputs: list[Path | None], *given: "Base | Path") -> None:
         check_output(path, inputs, wanted[:index])
 
 
-def _engine(device: Device, cache: bool, *, fast: bool = False) -> "Engine":
+def _engine(device: Device, cache: bool) -> "Engine":
     from .compute.cache import open_cache
     from .compute.engine import Engine
 
-    return Engine(_device(device), fast, open_cache() if cache else None)
+    return Engine(_device(device), open_cache() if cache else None)
 
 
 @app.command()

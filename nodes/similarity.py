@@ -76,7 +76,7 @@ def _compare(base_s, base_t, rank, layers, engine, progress):
     found = compare_bases(
         base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], engine=engine, progress=progress
     )
-    return found, match_bases(base_s, base_t, known=found.scores, engine=engine, progress=progress)
+    return found, match_bases(base_s, base_t, scores=found.scores, engine=engine, progress=progress)
 
 
 def picture(similarity: Similarity) -> torch.Tensor:

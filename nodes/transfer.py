@@ -5,7 +5,7 @@ from weakref import WeakKeyDictionary, ref
 from ..lorax.adapters import Adapter, LoraXLayer
 from ..lorax.adapters.convert import convert_to_lora_x
 from ..lorax.checks import highest_rank
-from ..lorax.options import DORA, MATCHINGS, METHODS
+from ..lorax.options import Dora, Matching, Method, TransferOptions
 from ..lorax.transfer.report import WEAK
 from ..lorax.transfer.run import transfer_adapter
 from . import host
@@ -35,7 +35,7 @@ class LoraXTransfer(io.ComfyNode):
                 io.Model.Input("target", tooltip="The base model that it shall work on."),
                 io.Combo.Input(
                     "method",
-                    options=list(METHODS),
+                    options=list(map(str, Method)),
                     default="auto",
                     tooltip="auto: onto the paired layer, less what the target does already; align where the width changes.",
                 ),
@@ -52,7 +52,7 @@ class LoraXTransfer(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "matching",
-                    options=list(MATCHINGS),
+                    options=list(map(str, Matching)),
                     default="auto",
                     optional=True,
                     tooltip="Pairing of blocks. auto: by number where both models have the same blocks, else by "
@@ -60,7 +60,7 @@ class LoraXTransfer(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dora",
-                    options=list(DORA),
+                    options=list(map(str, Dora)),
                     default="direction",
                     optional=True,
                     tooltip="How a DoRA moves. direction: its magnitudes follow in proportion. dense: as a LoRA.",
@@ -108,16 +108,15 @@ class LoraXTransfer(io.ComfyNode):
         """Move it."""
         base_s, base_t = host.open_model(source, source_clip), host.open_model(target, target_clip)
         most = highest_rank([*base_s.layers.values(), *base_t.layers.values()])
+        options = TransferOptions(
+            method=method, rank=min(rank, most), threshold=threshold, matching=matching, dora=dora
+        )
         moved, report = host.compute(
             lambda engine, progress: transfer_adapter(
                 adapter,
                 base_s,
                 base_t,
-                method=method,
-                rank=min(rank, most),
-                threshold=threshold,
-                matching=matching,
-                dora=dora,
+                options,
                 similarity=similarity,
                 engine=engine,
                 progress=progress,

@@ -14,6 +14,7 @@ from lorax import (
     Cache,
     Engine,
     LoraxError,
+    TransferOptions,
     compare_bases,
     convert_to_lora,
     convert_to_lora_x,
@@ -24,7 +25,7 @@ from lorax import (
     transfer_adapter,
 )
 from lorax.inspect import describe
-from lorax.options import METHODS
+from lorax.options import Method
 from lorax.train.state import random_state, set_random_state
 
 from . import seeds
@@ -99,14 +100,14 @@ def _peak_from_now() -> int:
 def read_adapter(tally: Tally, path: Path, source: Base, target: Base, choice: int) -> None:
     """Do with an adapter file all that the product does: inspect, load, transfer, convert, save."""
     tally.files += 1
-    method, naming = METHODS[choice % len(METHODS)], NAMINGS[choice % len(NAMINGS)]
+    method, naming = list(Method)[choice % len(Method)], NAMINGS[choice % len(NAMINGS)]
     form = ("lora", "lora-x")[choice // 7 % 2]
     engine = Engine(cache=Cache(path.parent / "cache", 2**24)) if choice % 5 == 0 else Engine()
 
     def moved() -> None:
         adapter = load_adapter(path, source if choice % 2 else None)
         result, _ = transfer_adapter(
-            adapter, source, target, method=method, rank=8, output_format=form, lora_rank=4, engine=engine
+            adapter, source, target, TransferOptions(method=method, rank=8, format=form, lora_rank=4), engine=engine
         )
         save_adapter(result, path.with_name("moved"), naming=naming)
 
@@ -133,8 +134,10 @@ def read_base(tally: Tally, path: Path, adapter: Path, other: Base, choice: int)
 
     def moved() -> None:
         pair = (open_base(path), other) if choice % 2 else (other, open_base(path))
-        method = METHODS[choice % len(METHODS)]
-        result, _ = transfer_adapter(load_adapter(adapter, pair[0]), *pair, method=method, rank=4, matching="auto")
+        method = list(Method)[choice % len(Method)]
+        result, _ = transfer_adapter(
+            load_adapter(adapter, pair[0]), *pair, TransferOptions(method=method, rank=4, matching="auto")
+        )
         save_adapter(result, adapter.with_name("moved"), naming=NAMINGS[choice % len(NAMINGS)])
 
     calls = (lambda: describe(path), compared, moved)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from lorax import Cache, Engine, load_adapter, open_base, save_adapter, transfer_adapter
-from lorax.options import METHODS
+from lorax import Cache, Engine, TransferOptions, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax.options import Method
 
 from . import seeds
 
@@ -34,8 +34,10 @@ def soak(count: int, folder: Path) -> dict[str, Any]:
     for i in range(WARM_UP + count):
         source, target = map(open_base, paths)
         adapter = load_adapter(files[i % len(files)], source)
-        method = METHODS[i // len(files) % len(METHODS)]
-        moved, _ = transfer_adapter(adapter, source, target, method=method, rank=8, lora_rank=4, engine=engine)
+        method = list(Method)[i // len(files) % len(Method)]
+        moved, _ = transfer_adapter(
+            adapter, source, target, TransferOptions(method=method, rank=8, lora_rank=4), engine=engine
+        )
         save_adapter(moved, folder / "moved")
         if i % 10 == 0:  # cycles are no leak, and to look for them takes longer than a transfer
             gc.collect()

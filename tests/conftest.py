@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 import lorax
 from demo.synthetic import base_tensors
-from lorax import Base, cli, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import Base, TransferOptions, cli, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.entry import ENDINGS
-from lorax.migration import Options, Task, plan_folder
+from lorax.migration import Task, plan_folder
 from lorax.models.families import Family, families
 from lorax.models.unet import UNetConfig
 from tests.library import BROKEN, contents
@@ -139,7 +139,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tasks(library: Path, bases: tuple[Base, Base], own_cache: None) -> list[Task]:
-    return plan_folder(library, bases[0].files[0], bases[1].files[0], Options(method="project", rank=20))
+    return plan_folder(library, bases[0].files[0], bases[1].files[0], TransferOptions(method="project", rank=20))
 
 
 @pytest.fixture
@@ -151,7 +151,9 @@ def expected(library: Path, bases: tuple[Base, Base], tmp_path: Path, own_cache:
         if name.as_posix() not in BROKEN:
             adapter = load_adapter(path, bases[0])
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            save_adapter(transfer_adapter(adapter, *bases, method="project", rank=20)[0], folder / name)
+            save_adapter(
+                transfer_adapter(adapter, *bases, TransferOptions(method="project", rank=20))[0], folder / name
+            )
     return contents(folder)
 
 

@@ -24,6 +24,7 @@ from lorax import (
     FileError,
     OptionError,
     OutputError,
+    TransferOptions,
     load_adapter,
     open_base,
     open_cache,
@@ -71,12 +72,13 @@ def unreadable(base):
 @pytest.mark.parametrize("method", ["copy", "project", "index", "align", "subspace-null"])
 def test_from_the_cache_comes_what_is_computed_and_no_weight_is_read(bases, lora_file, cache, method, form, fast):
     def moved(engine, *bases):
-        return transfer_adapter(adapter, *bases, method=method, rank=20, output_format=form, engine=engine)
+        options = TransferOptions(method=method, rank=20, format=form, fast=fast)
+        return transfer_adapter(adapter, *bases, options, engine=engine)
 
     adapter = load_adapter(lora_file, bases[0])
-    plain, report = moved(Engine(fast=fast), *bases)
+    plain, report = moved(Engine(), *bases)
     for pair in (bases, [unreadable(base) for base in bases]):
-        result, again = moved(Engine(fast=fast, cache=cache), *pair)
+        result, again = moved(Engine(cache=cache), *pair)
         assert equal(numbers(plain), numbers(result))
         assert report.to_json() == again.to_json()
 
@@ -107,14 +109,14 @@ def test_fast_takes_what_is_exact_and_exact_not_what_is_fast(tmp_path, cache):
     name = next(layer.name for layer in base.layers.values() if min(layer.matrix_shape) > 120)
     weight = base.weight(name)
     vector = torch.ones(weight.shape[0])
-    exact, fast = Engine(cache=cache), Engine(cache=cache, fast=True)
-    quick = fast.subspace(base, name, 40)
+    engine = Engine(cache=cache)
+    quick = engine.subspace(base, name, 40)
     assert not torch.equal(
         quick.U @ (quick.U.T @ vector), decompose(weight, 40).U @ (decompose(weight, 40).U.T @ vector)
     )
-    assert torch.equal(exact.subspace(base, name, 40).U, decompose(weight, 40).U)
-    assert torch.equal(fast.subspace(base, name, 40).U, decompose(weight, 40).U)
-    assert torch.equal(fast.triplets(base, name, 50).U, decompose(weight, 50).U)
+    assert torch.equal(engine.triplets(base, name, 40).U, decompose(weight, 40).U)
+    assert torch.equal(engine.subspace(base, name, 40).U, decompose(weight, 40).U)
+    assert torch.equal(engine.triplets(base, name, 50).U, decompose(weight, 50).U)
 
 
 @pytest.mark.slow
@@ -122,21 +124,27 @@ def test_a_file_with_other_weights_under_the_same_name(tmp_path, lora_file, cach
     target = small_base(tmp_path / "target.safetensors", change=0.2)
     source = small_base(tmp_path / "source.safetensors")
     adapter = load_adapter(lora_file, source)
-    before, _ = transfer_adapter(adapter, source, target, method="project", rank=20, engine=Engine(cache=cache))
+    before, _ = transfer_adapter(
+        adapter, source, target, TransferOptions(method="project", rank=20), engine=Engine(cache=cache)
+    )
     target = small_base(tmp_path / "target.safetensors", change=0.3)
-    after, _ = transfer_adapter(adapter, source, target, method="project", rank=20, engine=Engine(cache=cache))
-    plain, _ = transfer_adapter(adapter, source, target, method="project", rank=20)
+    after, _ = transfer_adapter(
+        adapter, source, target, TransferOptions(method="project", rank=20), engine=Engine(cache=cache)
+    )
+    plain, _ = transfer_adapter(adapter, source, target, TransferOptions(method="project", rank=20))
     assert equal(numbers(after), numbers(plain))
     assert not equal(numbers(after), numbers(before))
 
 
 def test_a_copy_of_a_base_needs_no_new_subspaces(tmp_path, bases, lora_file, cache):
     adapter = load_adapter(lora_file, bases[0])
-    transfer_adapter(adapter, *bases, method="project", rank=20, engine=Engine(cache=cache))
+    transfer_adapter(adapter, *bases, TransferOptions(method="project", rank=20), engine=Engine(cache=cache))
     entries = cache.info()["subspaces"]
     copy = tmp_path / "renamed.safetensors"
     copy.write_bytes(bases[1].files[0].read_bytes())
-    transfer_adapter(adapter, bases[0], open_base(copy), method="project", rank=20, engine=Engine(cache=cache))
+    transfer_adapter(
+        adapter, bases[0], open_base(copy), TransferOptions(method="project", rank=20), engine=Engine(cache=cache)
+    )
     assert cache.info()["subspaces"] == entries
 
 
@@ -162,12 +170,14 @@ def test_damage_is_found(tmp_path_factory, content, place, bit, cut):
 
 def test_damaged_entries_are_computed_again_and_said_once(bases, lora_file, cache, caplog):
     adapter = load_adapter(lora_file, bases[0])
-    plain, _ = transfer_adapter(adapter, *bases, method="project", rank=20, engine=Engine(cache=cache))
+    plain, _ = transfer_adapter(adapter, *bases, TransferOptions(method="project", rank=20), engine=Engine(cache=cache))
     for path in cache.folder.rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:-1] + b"?")
     with caplog.at_level(logging.WARNING):
-        again, _ = transfer_adapter(adapter, *bases, method="project", rank=20, engine=Engine(cache=cache))
+        again, _ = transfer_adapter(
+            adapter, *bases, TransferOptions(method="project", rank=20), engine=Engine(cache=cache)
+        )
     assert equal(numbers(plain), numbers(again))
     assert sum("damaged" in record.message for record in caplog.records) == 1
     assert cache.verify().damaged == []
@@ -274,9 +284,11 @@ def test_a_folder_that_cannot_be_is_said_once(bases, lora_file, tmp_path, caplog
     cache = Cache(tmp_path / "file" / "cache", 2**30)
     adapter = load_adapter(lora_file, bases[0])
     with caplog.at_level(logging.WARNING):
-        result, _ = transfer_adapter(adapter, *bases, method="project", rank=20, engine=Engine(cache=cache))
+        result, _ = transfer_adapter(
+            adapter, *bases, TransferOptions(method="project", rank=20), engine=Engine(cache=cache)
+        )
     assert len(caplog.records) == 1
-    plain, _ = transfer_adapter(adapter, *bases, method="project", rank=20)
+    plain, _ = transfer_adapter(adapter, *bases, TransferOptions(method="project", rank=20))
     assert equal(numbers(result), numbers(plain))
 
 
@@ -309,7 +321,12 @@ def test_the_next_weight_is_read_ahead_in_order(bases):
 
 
 def test_kinds_are_all_there_is(bases, lora_file, cache):
-    transfer_adapter(load_adapter(lora_file, bases[0]), *bases, method="project", rank=20, engine=Engine(cache=cache))
+    transfer_adapter(
+        load_adapter(lora_file, bases[0]),
+        *bases,
+        TransferOptions(method="project", rank=20),
+        engine=Engine(cache=cache),
+    )
     assert sorted(path.name for path in Path(cache.folder).iterdir()) == sorted(KINDS)
 
 

@@ -16,6 +16,7 @@ from lorax import (
     Cache,
     Engine,
     MismatchError,
+    TransferOptions,
     compare_bases,
     convert_to_lora,
     convert_to_lora_x,
@@ -29,7 +30,7 @@ from lorax.compute.engine import or_on_cpu
 from lorax.linalg import decompose, is_exact, leading_subspace, norm, polar, recompress, refactor
 from lorax.migration.job import Task
 from lorax.migration.work import move
-from lorax.options import METHODS
+from lorax.options import Method
 from lorax.train import attach, train
 from tests import every_kind as every
 from tests import single
@@ -86,14 +87,16 @@ def same(ours: Adapter, cpus: Adapter, source, tolerance: float) -> None:
         assert float((B @ A - expected).norm()) <= tolerance * float(expected.norm()), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(map(str, Method)))
 def test_each_method(bases, wide, loaded, method, engine, tolerance):
     targets = [wide] if method in ("align", "index") else [bases[1]]
     targets += [wide] if method == "auto" else []
     for target in targets:
-        expected, on_cpu = transfer_adapter(loaded, bases[0], target, method=method, rank=12)
-        first, report = transfer_adapter(loaded, bases[0], target, method=method, rank=12, engine=engine)
-        again, _ = transfer_adapter(loaded, bases[0], target, method=method, rank=12, engine=engine)
+        expected, on_cpu = transfer_adapter(loaded, bases[0], target, TransferOptions(method=method, rank=12))
+        first, report = transfer_adapter(
+            loaded, bases[0], target, TransferOptions(method=method, rank=12), engine=engine
+        )
+        again, _ = transfer_adapter(loaded, bases[0], target, TransferOptions(method=method, rank=12), engine=engine)
         same(first, expected, target, tolerance)
         same(again, first, target, 0.0)
         for ours, cpus in zip(report.rows, on_cpu.rows, strict=True):
@@ -111,7 +114,10 @@ def flux(tmp_path_factory):
 def test_each_kind(flux, kind, is_fused, method, engine, tolerance):
     source, target = flux
     adapter = every.adapter_of(every.kinds(every.QKV if is_fused else source.layers[every.NAME])[kind])
-    ours, cpus = (transfer_adapter(adapter, *flux, method=method, rank=8, engine=e)[0].layers for e in (engine, CPU))
+    ours, cpus = (
+        transfer_adapter(adapter, *flux, TransferOptions(method=method, rank=8), engine=e)[0].layers
+        for e in (engine, CPU)
+    )
     assert ours.keys() == cpus.keys()
     for name, own in ours.items():
         expected = every.dense(cpus[name], target)
@@ -149,7 +155,7 @@ def test_the_fast_way(wide, device, tolerance):
         *(LoraLayer(x, randn(x.shape[0], 4), randn(4, x.matrix_shape[1])) for x in layers.values())
     )
     found = [
-        transfer_adapter(adapter, wide, target, method="project", rank=12, engine=Engine(at, fast=True))[0]
+        transfer_adapter(adapter, wide, target, TransferOptions(method="project", rank=12), engine=Engine(at))[0]
         for at in (device, "cpu")
     ]
     same(*found, target, 10 * tolerance)
@@ -160,7 +166,10 @@ def test_bases_of_other_dtypes(bases, loaded, tmp_path, dtype, engine, tolerance
     save_file({k: v.to(dtype) for k, v in load_file(bases[1].files[0]).items()}, tmp_path / "t.safetensors")
     target = open_base(tmp_path / "t.safetensors")
     for method in ("orthogonal", "project"):
-        found = [transfer_adapter(loaded, bases[0], target, method=method, rank=12, engine=e)[0] for e in (engine, CPU)]
+        found = [
+            transfer_adapter(loaded, bases[0], target, TransferOptions(method=method, rank=12), engine=e)[0]
+            for e in (engine, CPU)
+        ]
         same(*found, target, tolerance)
 
 
@@ -185,7 +194,8 @@ def test_a_cache_keeps_the_results_of_each_device_apart(bases, loaded, tmp_path,
     cache = Cache(tmp_path / "cache", 2**30)
     engines = (Engine(device, cache=cache), Engine(device, cache=cache), Engine(cache=cache), CPU)
     filling, cached, on_cpu, expected = (
-        transfer_adapter(loaded, *bases, method="project", rank=12, engine=engine)[0] for engine in engines
+        transfer_adapter(loaded, *bases, TransferOptions(method="project", rank=12), engine=engine)[0]
+        for engine in engines
     )
     same(cached, filling, bases[1], 0.0)
     same(on_cpu, expected, bases[1], 0.0)
@@ -241,9 +251,10 @@ def failing():
 def test_where_a_device_fails_the_cpu_goes_on(bases, loaded, failing, error, caplog):
     failing(error)
     result, _ = or_on_cpu(
-        lambda engine: transfer_adapter(loaded, *bases, method="copy", engine=engine), Engine(single.NAME)
+        lambda engine: transfer_adapter(loaded, *bases, TransferOptions(method="copy"), engine=engine),
+        Engine(single.NAME),
     )
-    same(result, transfer_adapter(loaded, *bases, method="copy")[0], bases[1], 0.0)
+    same(result, transfer_adapter(loaded, *bases, TransferOptions(method="copy"))[0], bases[1], 0.0)
     (line,) = caplog.messages
     assert line == f"single failed, the CPU does the work instead: {type(error).__name__}: " + str(error).split("\n")[0]
     assert not single.failures
@@ -310,14 +321,6 @@ def test_commands_on_a_device(run, bases, lora_file, failing, fails, tmp_path, m
         assert found[0] == found[1] or not fails
         assert len(caplog.messages) == fails
         caplog.clear()
-
-
-@alone
-def test_the_subspaces_that_a_cluster_asks_for_lie_on_the_device(bases, loaded, failing):
-    cluster = pytest.importorskip("lorax.migration.cluster")
-    engine = cluster._Recording(single.NAME)
-    transfer_adapter(loaded, *bases, method="project", rank=12, engine=engine)
-    assert engine.asked
 
 
 @cuda

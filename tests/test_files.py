@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lorax import Cache, Engine, FileError, load_adapter, open_base, transfer_adapter
+from lorax import Cache, Engine, FileError, TransferOptions, load_adapter, open_base, transfer_adapter
 from lorax.files.tensorfile import BYTES, TensorFile, file_hash, file_state
 from lorax.train.state import Checkpoint
 from reliability import seeds
@@ -90,7 +90,9 @@ def test_a_file_that_stays_as_it_is_is_read_again_and_again(work):
 
 def moved(engine, rank, source, target, work, **more):
     adapter = load_adapter(work / "a.safetensors", source)
-    return transfer_adapter(adapter, source, target, method="project", rank=rank, engine=engine, **more)[0]
+    return transfer_adapter(
+        adapter, source, target, TransferOptions(method="project", rank=rank, **more), engine=engine
+    )[0]
 
 
 def equal(one, other):

@@ -19,6 +19,7 @@ from lorax import (
     FormatError,
     LoraxError,
     NumericsError,
+    TransferOptions,
     compare_bases,
     convert_to_lora,
     convert_to_lora_x,
@@ -133,7 +134,10 @@ def test_a_rank_above_its_layer_costs_what_the_file_costs(tmp_path, pair):
     (layer,) = adapter.layers.values()
     assert layer.norm() == pytest.approx(float((up.double() @ down.double()).norm()), rel=1e-5)
     tally = Tally()
-    for work in (lambda: describe(path), lambda: transfer_adapter(adapter, *pair, method="project", rank=8)):
+    for work in (
+        lambda: describe(path),
+        lambda: transfer_adapter(adapter, *pair, TransferOptions(method="project", rank=8)),
+    ):
         assert tally.call(work)
     tally.check()
 
@@ -252,7 +256,7 @@ def test_numbers_that_grow_beyond_their_dtype(tmp_path, pair):
     adapter = load_adapter(path, pair[0])
     for method in ("project", "align", "subspace-null", "index"):
         with pytest.raises(NumericsError, match=r"grows beyond its dtype.*attn1\.to_q"):
-            transfer_adapter(adapter, *pair, method=method, rank=8)
+            transfer_adapter(adapter, *pair, TransferOptions(method=method, rank=8))
     save_file(
         {
             f"lora_unet_{seeds.QUERY}.hada_w{i}_{s}": torch.full((32, 2) if s == "a" else (2, 32), 1e30)
@@ -266,7 +270,7 @@ def test_numbers_that_grow_beyond_their_dtype(tmp_path, pair):
     half = {f"hada_w{i}_{s}": torch.full((32, 2) if s == "a" else (2, 32), 1000.0).half() for i in "12" for s in "ab"}
     save_file({f"lora_unet_{seeds.QUERY}.{name}": part for name, part in half.items()}, path)
     with pytest.raises(NumericsError, match="float16"):
-        transfer_adapter(load_adapter(path, pair[0]), *pair, method="project", rank=8)
+        transfer_adapter(load_adapter(path, pair[0]), *pair, TransferOptions(method="project", rank=8))
 
 
 def test_an_update_of_another_size_than_its_base(tmp_path, pair):
@@ -409,7 +413,7 @@ def test_nothing_in_a_name_reaches_the_screen(evil, tmp_path):
 def test_pictures_of_names_that_try_things(evil):
     source, target = (open_base(evil / f"{i}.safetensors") for i in range(2))
     adapter = load_adapter(evil / "a.safetensors", source)
-    _, report = transfer_adapter(adapter, source, target, threshold=-1)
+    _, report = transfer_adapter(adapter, source, target, TransferOptions(threshold=-1))
     assert retained_picture(report).width > 100
     result = compare_bases(source, target, attention_only=False)
     assert png(result)
@@ -497,7 +501,9 @@ def test_bytes_that_the_cache_did_not_write(tmp_path, pair):
     def moved():
         engine = Engine(cache=cache)
         bases = [open_base(base.files[0]) for base in pair]
-        return transfer_adapter(adapter, *bases, method="project", rank=8, matching="order", engine=engine)[1].to_json()
+        return transfer_adapter(
+            adapter, *bases, TransferOptions(method="project", rank=8, matching="order"), engine=engine
+        )[1].to_json()
 
     plain = moved()
     files = [path for path in cache.folder.rglob("*") if path.is_file()]

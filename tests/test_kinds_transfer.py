@@ -12,6 +12,7 @@ from lorax import (
     MismatchError,
     NumericsError,
     Outcome,
+    TransferOptions,
     load_adapter,
     open_base,
     pair_scores,
@@ -52,7 +53,7 @@ def best(matrix, rank):
 def test_copied_each_kind_stays_what_it_is(kind, bases):
     source, target = bases
     own = kinds(source.layers[NAME])[kind]
-    result, report = transfer_adapter(adapter_of(own), source, target, method="copy")
+    result, report = transfer_adapter(adapter_of(own), source, target, TransferOptions(method="copy"))
     moved = result.layers[NAME]
     assert type(moved) is type(own)
     (row,) = report.rows
@@ -77,7 +78,7 @@ def test_projected_each_kind_is_the_dense_formula_refactored(kind, bases):
     source, target = bases
     own = kinds(source.layers[NAME])[kind]
     result, report = transfer_adapter(
-        adapter_of(own), source, target, method="project", rank=8, lora_rank=3, dora="dense"
+        adapter_of(own), source, target, TransferOptions(method="project", rank=8, lora_rank=3, dora="dense")
     )
     expected = naive_projection(dense(own, source), target.weight(NAME), 8)
     if kind not in THIN:
@@ -91,7 +92,9 @@ def test_projected_each_kind_is_the_dense_formula_refactored(kind, bases):
 def test_as_lora_x_each_kind_is_the_change_of_the_targets_singular_values(kind, bases):
     source, target = bases
     own = kinds(source.layers[NAME])[kind]
-    result, _ = transfer_adapter(adapter_of(own), source, target, method="copy", rank=8, output_format="lora-x")
+    result, _ = transfer_adapter(
+        adapter_of(own), source, target, TransferOptions(method="copy", rank=8, format="lora-x")
+    )
     U, _, Vh = torch.linalg.svd(target.weight(NAME).double())
     expected = (U[:, :8] * (U[:, :8].T @ dense(own, source) @ Vh[:8].T).diagonal()) @ Vh[:8]
     (lora,) = convert_to_lora(result, target).layers.values()
@@ -106,7 +109,7 @@ def test_an_update_of_a_fused_weight_goes_out_as_it_came(kind, bases, tmp_path):
     save_adapter(adapter_of(own, family=source.family), tmp_path / "in.safetensors")
     read = load_adapter(tmp_path / "in.safetensors", source)
     assert len(read.layers) == (3 if kind in CUT else 1)
-    result, report = transfer_adapter(read, source, target, method="copy")
+    result, report = transfer_adapter(read, source, target, TransferOptions(method="copy"))
     assert {row.outcome for row in report.rows} == {Outcome.TRANSFERRED}
     save_adapter(result, tmp_path / "out.safetensors")
     before, after = load_file(tmp_path / "in.safetensors"), load_file(tmp_path / "out.safetensors")
@@ -119,7 +122,9 @@ def test_an_update_of_a_fused_weight_goes_out_as_it_came(kind, bases, tmp_path):
 def test_an_update_that_cannot_be_cut_is_made_dense_and_cut(kind, bases):
     source, target = bases
     own = kinds(QKV)[kind]
-    result, report = transfer_adapter(adapter_of(own), source, target, method="project", rank=8, lora_rank=W)
+    result, report = transfer_adapter(
+        adapter_of(own), source, target, TransferOptions(method="project", rank=8, lora_rank=W)
+    )
     parts = source.layers.find("transformer", QKV.original)
     whole = own.delta_weight(torch.cat([source.weight(part.name) for part in parts])).double()
     assert [row.source for row in report.rows] == [part.name for part in parts]
@@ -132,21 +137,21 @@ def test_an_update_that_cannot_be_cut_is_made_dense_and_cut(kind, bases):
 def test_the_row_of_an_update_that_stays_whole_is_that_of_the_whole_weight(kind, bases):
     own = kinds(QKV)[kind]
     before, here = (base.fused_weight(QKV) for base in bases)
-    result, report = transfer_adapter(adapter_of(own), *bases, method="copy")
+    result, report = transfer_adapter(adapter_of(own), *bases, TransferOptions(method="copy"))
     (row,), (moved,) = report.rows, result.layers.values()
     assert row.source_norm == pytest.approx(float(own.delta_weight(before).double().norm()), rel=1e-4)
     assert row.target_norm == pytest.approx(float(moved.delta_weight(here).double().norm()), rel=1e-4)
     assert (row.left, row.right) == pair_scores(before, here)
     with pytest.raises(MismatchError, match="1 below threshold"):
-        transfer_adapter(adapter_of(own), *bases, method="copy", threshold=row.corrected)
-    transfer_adapter(adapter_of(own), *bases, method="copy", threshold=row.corrected - 1e-6)
+        transfer_adapter(adapter_of(own), *bases, TransferOptions(method="copy", threshold=row.corrected))
+    transfer_adapter(adapter_of(own), *bases, TransferOptions(method="copy", threshold=row.corrected - 1e-6))
 
 
 @pytest.mark.parametrize("method", ["copy", "project"])
 @pytest.mark.parametrize("shape", [(3 * W, 2 * W), (2 * W, W)], ids=str)
 def test_an_update_of_a_fused_weight_of_another_size_is_reported(method, shape, bases):
     lora, own = kinds(bases[0].layers[NAME])["lora"], kinds(Layer(QKV.name, shape, QKV.original))["oft"]
-    result, report = transfer_adapter(adapter_of(lora, own), *bases, method=method, rank=8)
+    result, report = transfer_adapter(adapter_of(lora, own), *bases, TransferOptions(method=method, rank=8))
     row = report.rows[-1]
     assert list(result.layers) == [NAME]
     assert (row.source, row.target, row.outcome) == (QKV.name, "", Outcome.SHAPE_MISMATCH)
@@ -171,7 +176,9 @@ def test_of_a_fused_weight_only_the_parts_that_are_fed_get_an_update(bases):
     own = kinds(QKV)["oft"]
     parts = [part.name for part in bases[0].layers.find("transformer", QKV.original)]
     some = Assignment("file", dict.fromkeys(parts[1:], ""))
-    result, report = transfer_adapter(adapter_of(own), *bases, method="copy", lora_rank=W, assignment=some)
+    result, report = transfer_adapter(
+        adapter_of(own), *bases, TransferOptions(method="copy", lora_rank=W), assignment=some
+    )
     assert [row.outcome for row in report.rows] == [Outcome.TRANSFERRED, *[Outcome.NO_TARGET_LAYER] * 2]
     expected = own.delta_weight(bases[0].fused_weight(QKV))[:W].double()
     torch.testing.assert_close(dense(result.layers[NAME], bases[1]), expected, rtol=1e-4, atol=1e-5)
@@ -194,14 +201,14 @@ def test_converted_each_kind_is_the_best_lora_of_the_rank(kind, bases):
 
 def test_a_part_that_has_an_update_of_its_own_keeps_that_and_the_other_is_said_to_be_lost(bases):
     lora, fused = kinds(bases[0].layers[NAME])["lora"], kinds(QKV)["oft"]
-    alone, _ = transfer_adapter(adapter_of(lora), *bases, method="project", rank=8)
+    alone, _ = transfer_adapter(adapter_of(lora), *bases, TransferOptions(method="project", rank=8))
     both = adapter_of(lora, fused)
-    result, report = transfer_adapter(both, *bases, method="project", rank=8)
+    result, report = transfer_adapter(both, *bases, TransferOptions(method="project", rank=8))
     assert torch.equal(result.layers[NAME].delta_weight(), alone.layers[NAME].delta_weight())
     assert [row.outcome for row in report.rows if row.target == NAME] == [Outcome.TRANSFERRED, Outcome.TWICE]
     assert (report.arrived, report.layers) == (2, 3)
     with pytest.raises(MismatchError, match=r"strict.*place taken"):
-        transfer_adapter(both, *bases, method="project", rank=8, strict=True)
+        transfer_adapter(both, *bases, TransferOptions(method="project", rank=8, strict=True))
 
 
 def test_biases_follow_their_block_and_another_size_is_reported(bases, tmp_path):
@@ -209,7 +216,7 @@ def test_biases_follow_their_block_and_another_size_is_reported(bases, tmp_path)
     name = "transformer.single_transformer_blocks.1.proj_out.bias"
     assert name in source.vectors
     own = VectorLayer(source.vectors[name], random(W), "diff_b")
-    result, report = transfer_adapter(adapter_of(own), source, target, method="project")
+    result, report = transfer_adapter(adapter_of(own), source, target, TransferOptions(method="project"))
     assert torch.equal(result.layers[name].parts()["diff"], own.diff)
     assert report.rows[0].method == "copy"
     tensors = {f"{path}.weight": torch.randn(shape) for path, shape in flux(width=8).items()}
@@ -217,7 +224,7 @@ def test_biases_follow_their_block_and_another_size_is_reported(bases, tmp_path)
     save_file(tensors, tmp_path / "narrow.safetensors")
     narrow = open_base(tmp_path / "narrow.safetensors")
     lora = kinds(source.layers[NAME])["lora"]
-    _, report = transfer_adapter(adapter_of(own, lora), source, narrow, threshold=-9)
+    _, report = transfer_adapter(adapter_of(own, lora), source, narrow, TransferOptions(threshold=-9))
     outcomes = {row.source: row.outcome for row in report.rows}
     assert outcomes == {name: Outcome.SHAPE_MISMATCH, NAME: Outcome.TRANSFERRED}
 
@@ -230,12 +237,12 @@ def test_a_dora_keeps_the_ratio_of_its_magnitudes_or_moves_all_that_it_changes(b
     direction, _ = transfer_adapter(adapter_of(own), source, target)
     after = here + dense(direction.layers[NAME], target)
     torch.testing.assert_close(after.norm(dim=1) / here.norm(dim=1), ratio, rtol=1e-4, atol=1e-4)
-    whole, report = transfer_adapter(adapter_of(own), source, target, dora="dense", lora_rank=W)
+    whole, report = transfer_adapter(adapter_of(own), source, target, TransferOptions(dora="dense", lora_rank=W))
     torch.testing.assert_close(dense(whole.layers[NAME], target), dense(own, source), rtol=1e-3, atol=1e-5)
     assert report.rows[0].retained_norm == pytest.approx(1, abs=1e-4)
     # On its own base both are the very update.
     for dora in ("direction", "dense"):
-        same, _ = transfer_adapter(adapter_of(own), source, source, dora=dora, lora_rank=W)
+        same, _ = transfer_adapter(adapter_of(own), source, source, TransferOptions(dora=dora, lora_rank=W))
         torch.testing.assert_close(dense(same.layers[NAME], source), dense(own, source), rtol=1e-3, atol=1e-5)
 
 
@@ -249,7 +256,7 @@ def test_a_dora_of_a_fused_weight_that_cannot_be_cut_moves_as_any_dora(bases):
     (moved,) = direction.layers.values()
     after = here + moved.delta_weight(here)
     torch.testing.assert_close(after.norm(dim=0) / here.norm(dim=0), ratio, rtol=1e-4, atol=1e-4)
-    whole, _ = transfer_adapter(adapter_of(own), source, target, dora="dense", lora_rank=W)
+    whole, _ = transfer_adapter(adapter_of(own), source, target, TransferOptions(dora="dense", lora_rank=W))
     arrived = torch.cat(
         [dense(whole.layers[part.name], target) for part in source.layers.find("transformer", QKV.original)]
     )
@@ -263,7 +270,7 @@ def test_a_magnitude_that_grows_beyond_its_dtype_is_refused(layer, bases):
     own = kinds(layer)["dora by input"].moved(layer, torch.float16)
     larger = replace(target, read=lambda layer: 1e6 * target.read(layer))
     with pytest.raises(NumericsError, match=layer.name):
-        transfer_adapter(adapter_of(own), source, larger, method="copy", threshold=-9)
+        transfer_adapter(adapter_of(own), source, larger, TransferOptions(method="copy", threshold=-9))
 
 
 def test_a_dora_on_another_size_moves_all_that_it_changes(bases, tmp_path):
@@ -271,7 +278,9 @@ def test_a_dora_on_another_size_moves_all_that_it_changes(bases, tmp_path):
     tensors = {f"{path}.weight": torch.randn(shape) for path, shape in flux(width=24).items()}
     save_file(tensors, tmp_path / "wide.safetensors")
     own = kinds(source.layers[NAME])["dora"]
-    result, report = transfer_adapter(adapter_of(own), source, open_base(tmp_path / "wide.safetensors"), threshold=-9)
+    result, report = transfer_adapter(
+        adapter_of(own), source, open_base(tmp_path / "wide.safetensors"), TransferOptions(threshold=-9)
+    )
     assert result.layers[NAME].kind == "lora"
     assert report.rows[0].method == "align"
 
@@ -279,8 +288,8 @@ def test_a_dora_on_another_size_moves_all_that_it_changes(bases, tmp_path):
 def test_fp8_stays_fp8_when_copied_and_becomes_fp16_when_computed(bases):
     source, target = bases
     lora = kinds(source.layers[NAME])["lora"].moved(source.layers[NAME], torch.float8_e4m3fn)
-    copied, _ = transfer_adapter(adapter_of(lora), source, target, method="copy")
-    projected, _ = transfer_adapter(adapter_of(lora), source, target, method="project", rank=8)
+    copied, _ = transfer_adapter(adapter_of(lora), source, target, TransferOptions(method="copy"))
+    projected, _ = transfer_adapter(adapter_of(lora), source, target, TransferOptions(method="project", rank=8))
     assert (copied.layers[NAME].dtype, projected.layers[NAME].dtype) == (torch.float8_e4m3fn, torch.float16)
 
 

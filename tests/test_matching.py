@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from demo.pruned import accuracy, noisy, pruned_pair
 from demo.synthetic import falling
-from lorax import FormatError, MismatchError, OptionError, load_adapter, open_base, transfer_adapter
+from lorax import FormatError, MismatchError, OptionError, TransferOptions, load_adapter, open_base, transfer_adapter
 from lorax.compare.matching import best_in_order, load_assignment, match_bases, spread
 from lorax.compare.scores import ScoreTable
 from lorax.compare.similarity import compare_bases
@@ -127,7 +127,7 @@ def test_known_scores_decide_and_are_not_computed_again(anima_bases):
     ]
     done = []
     known = replace(compared, kinds=made_up).scores
-    assignment = match_bases(source, target, known=known, progress=lambda *step: done.append(step))
+    assignment = match_bases(source, target, scores=known, progress=lambda *step: done.append(step))
     assert not done
     for block, pair in assignment.pairs.items():
         assert pair == ("" if number(block) < 12 else block.replace(str(number(block)), str(number(block) - 12)))
@@ -147,7 +147,7 @@ def anima_lora(tmp_path, base, spelling="lora_unet_blocks_{}_self_attn_q_proj"):
 def test_an_anima_lora_arrives_at_its_blocks_and_is_not_mapped_twice(anima_bases, tmp_path):
     source, target = anima_bases
     adapter = anima_lora(tmp_path, source)
-    result, report = transfer_adapter(adapter, source, target, method="copy")
+    result, report = transfer_adapter(adapter, source, target, TransferOptions(method="copy"))
     assert report.arrived == len(report.rows) == 28
     for i in range(28):
         own = adapter.layers[f"transformer.transformer_blocks.{i}.attn1.to_q"]
@@ -159,7 +159,7 @@ def test_an_anima_lora_arrives_at_its_blocks_and_is_not_mapped_twice(anima_bases
 
 def test_progress_tells_of_the_comparing_first_and_stops_it(anima_bases, tmp_path):
     adapter, steps = anima_lora(tmp_path, anima_bases[0]), []
-    transfer_adapter(adapter, *anima_bases, method="copy", progress=lambda *step: steps.append(step))
+    transfer_adapter(adapter, *anima_bases, TransferOptions(method="copy"), progress=lambda *step: steps.append(step))
     compared = steps[:-28]
     assert [step[:2] for step in steps[-28:]] == [(done, 28) for done in range(1, 29)]
     assert [step[0] for step in compared] == list(range(1, compared[0][1] + 1))
@@ -181,13 +181,15 @@ def test_an_assignment_can_be_saved_edited_and_fed_back(anima_bases, tmp_path):
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(saved))
     result, report = transfer_adapter(
-        adapter, source, target, threshold=-9, assignment=load_assignment(path, source, target)
+        adapter, source, target, TransferOptions(threshold=-9), assignment=load_assignment(path, source, target)
     )
     assert "transformer.transformer_blocks.38.attn1.to_q" in result.layers
     assert "transformer.transformer_blocks.39.attn1.to_q" not in result.layers
     assert report.assignment.matching == "file"
     path.write_text(json.dumps(report.to_json()))
-    again, _ = transfer_adapter(adapter, source, target, threshold=-9, assignment=load_assignment(path, source, target))
+    again, _ = transfer_adapter(
+        adapter, source, target, TransferOptions(threshold=-9), assignment=load_assignment(path, source, target)
+    )
     assert again.layers.keys() == result.layers.keys()
     for bad in ("{", "[]", "{}", '{"schema": "lorax-assignment", "schema_version": 9, "pairs": {}}'):
         path.write_text(bad)

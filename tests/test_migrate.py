@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorax import OptionError, OutputError, open_base
+from lorax import OptionError, OutputError, TransferOptions, open_base
 from lorax.compute.cache import Cache
 from lorax.compute.engine import CPU, Engine
-from lorax.migration import Options, migrate, plan_folder, work
+from lorax.migration import migrate, plan_folder, work
 from lorax.migration.journal import JOURNAL, Journal
 from lorax.migration.local import fitting_workers, largest_of_each
 from lorax.migration.run import Summary, _tells_case
@@ -81,7 +81,7 @@ def test_relative_paths_mean_the_same_on_ray(library, tmp_path, monkeypatch):
             (tmp_path / name / "unet").mkdir(parents=True)
             small_base(tmp_path / name / "unet" / "model.safetensors", change=change)
         monkeypatch.chdir(tmp_path / "s")
-        tasks = plan_folder(Path("../loras"), Path(), Path("../t"), Options(method="copy"))
+        tasks = plan_folder(Path("../loras"), Path(), Path("../t"), TransferOptions(method="copy"))
         here = migrate(tasks, Path("here"), workers=1)
         there = migrate(tasks, Path("there"), run="ray")
     finally:
@@ -223,7 +223,9 @@ def small(tmp_path):
 
 
 def planned(folder):
-    return plan_folder(folder / "loras", folder / "0.safetensors", folder / "1.safetensors", Options(method="copy"))
+    return plan_folder(
+        folder / "loras", folder / "0.safetensors", folder / "1.safetensors", TransferOptions(method="copy")
+    )
 
 
 def done(folder, out="out", previous=None):
@@ -297,7 +299,7 @@ def test_a_base_that_is_replaced_meanwhile_gives_no_result(small, name, method, 
         os.rename(small / name, small / "old" / name)
         (small / name).symlink_to(small / "old" / name)
     opened.cache_clear()
-    (task,) = (replace(task, options=Options(method=method, rank=8)) for task in planned(small))
+    (task,) = (replace(task, options=TransferOptions(method=method, rank=8)) for task in planned(small))
     first = move(task, str(small / "out"), None, CPU)
     seeds.base_file(small / "new", change=0.1)
     os.replace(small / "new", small / name)
@@ -309,14 +311,14 @@ def test_a_base_that_is_replaced_meanwhile_gives_no_result(small, name, method, 
 
 
 def test_an_adapter_that_is_replaced_while_it_is_moved_gives_no_result(small, monkeypatch):
-    (task,), transferred = planned(small), work.transferred
+    (task,), transfer = planned(small), work.transfer_adapter
 
-    def late(*words):
+    def late(*words, **options):
         save_file(load_file(task.adapter), small / "new")
         os.replace(small / "new", task.adapter)
-        return transferred(*words)
+        return transfer(*words, **options)
 
-    monkeypatch.setattr(work, "transferred", late)
+    monkeypatch.setattr(work, "transfer_adapter", late)
     assert "changed during the migration" in move(task, str(small / "out"), None, CPU).error
     assert not (small / "out").exists()
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorax import OutputError
-from lorax.migration import Options, Task, migrate, plan_folder
+from lorax import OutputError, TransferOptions
+from lorax.migration import Task, migrate, plan_folder
 from lorax.migration.journal import JOURNAL
 from lorax.migration.local import _in_pool
 from reliability import seeds
@@ -261,7 +261,7 @@ def test_a_terminal_that_closes_does_not_end_what_nohup_started(many, tmp_path):
 def test_the_other_children_of_a_program_live_on(tmp_path, many, error):
     """And a migration that its caller ends, by an error in its own function, leaves no worker behind."""
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    tasks = plan_folder(tmp_path / "loras", tmp_path / "0.safetensors", tmp_path / "1.safetensors", Options())
+    tasks = plan_folder(tmp_path / "loras", tmp_path / "0.safetensors", tmp_path / "1.safetensors", TransferOptions())
 
     def progress(done, total, name):
         raise error("enough")
@@ -277,13 +277,13 @@ def test_the_other_children_of_a_program_live_on(tmp_path, many, error):
 FORKED = """
 import os, sys, time
 from pathlib import Path
-from lorax.migration import Options, migrate, plan_folder
+from lorax.migration import migrate, plan_folder
 def progress(done, total, name):
     if done == 1 and os.fork() == 0:
         time.sleep(600)
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    tasks = plan_folder(folder / "loras", folder / "0.safetensors", folder / "1.safetensors", Options())
+    tasks = plan_folder(folder / "loras", folder / "0.safetensors", folder / "1.safetensors", TransferOptions())
     migrate(tasks, folder / "out", workers=2, progress=progress)
 """
 

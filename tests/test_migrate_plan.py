@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorax import FormatError, LoraxError, OutputError
-from lorax.migration import Options, migrate, plan_folder, plan_manifest
+from lorax import FormatError, LoraxError, OutputError, TransferOptions
+from lorax.migration import migrate, plan_folder, plan_manifest
 from lorax.migration.journal import JOURNAL
 from tests.commands import error_of
 from tests.library import BROKEN, contents
@@ -69,7 +69,7 @@ def test_no_result_replaces_an_adapter_or_a_base(own, name, damaged):
     if damaged:
         (own / name).write_bytes(b"damaged")
     before = contents(own)
-    tasks = plan_manifest(own / "moves.toml", own / "loras", Options())
+    tasks = plan_manifest(own / "moves.toml", own / "loras", TransferOptions())
     with pytest.raises(OutputError, match="is one of the inputs"):
         migrate(tasks, (own / name).parent, workers=1)
     assert contents(own) == before
@@ -125,7 +125,7 @@ source = "{target}"
 target = "{source}"
 """,
     )
-    tasks = plan_manifest(path, library, Options(rank=20))
+    tasks = plan_manifest(path, library, TransferOptions(rank=20))
     assert [(task.output, task.options.method, task.options.rank) for task in tasks] == [
         (f"styles/a.{target.stem}.safetensors", "project", 20),
         ("styles/deep/c.safetensors", "project", 20),
@@ -162,7 +162,7 @@ MOVE = 'adapters = "a.safetensors"\nsource = "s"\ntarget = "t"\n'
 )
 def test_what_a_manifest_cannot_be(library, tmp_path, text, message):
     with pytest.raises(LoraxError, match=message):
-        plan_manifest(manifest(tmp_path, text), library, Options())
+        plan_manifest(manifest(tmp_path, text), library, TransferOptions())
 
 
 HOSTILE = st.one_of(
@@ -183,7 +183,7 @@ def test_a_manifest_of_anything_is_read_or_refused(library, tmp_path, move):
     text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in move.items())
     path = manifest(tmp_path, "[[move]]\n" + text)
     try:
-        tasks = plan_manifest(path, library, Options())
+        tasks = plan_manifest(path, library, TransferOptions())
     except LoraxError:
         return
     assert all((library / task.output).resolve().is_relative_to(library) for task in tasks)
@@ -192,13 +192,15 @@ def test_a_manifest_of_anything_is_read_or_refused(library, tmp_path, move):
 
 def test_no_adapters_and_bases_and_results_are_none(library, bases, tmp_path):
     with pytest.raises(FormatError, match="no adapter to migrate"):
-        plan_folder(tmp_path, bases[0].files[0], bases[1].files[0], Options())
+        plan_folder(tmp_path, bases[0].files[0], bases[1].files[0], TransferOptions())
     out = tmp_path / "out"
     out.mkdir()
     base, adapter = tmp_path / "base.safetensors", tmp_path / "a.safetensors"
     for path in (base, adapter, out / "a.safetensors"):
         path.write_bytes((library / "a.safetensors").read_bytes())
-    assert [task.name for task in plan_folder(tmp_path, base, bases[1].files[0], Options(), out)] == ["a.safetensors"]
+    assert [task.name for task in plan_folder(tmp_path, base, bases[1].files[0], TransferOptions(), out)] == [
+        "a.safetensors"
+    ]
 
 
 @pytest.mark.parametrize("base", ["other.safetensors", "pipe"])
@@ -211,5 +213,5 @@ def test_no_base_of_any_move_is_an_adapter(library, tmp_path, base, order):
     moves = [("**/*.safetensors", "first.safetensors", "x"), ("a*", base, "y")][::order]
     text = "".join(f"[[move]]\nadapters = '{a}'\nsource = '{s}'\ntarget = '{t}'\n" for a, s, t in moves)
     left = {"a.safetensors", "other.safetensors", "pipe/unet/other.safetensors"}
-    tasks = plan_manifest(manifest(tmp_path, text), tmp_path, Options())
+    tasks = plan_manifest(manifest(tmp_path, text), tmp_path, TransferOptions())
     assert {task.name for task in tasks} == {name for name in left if not name.startswith(base)}

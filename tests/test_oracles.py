@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo.synthetic import base_tensors
-from lorax import load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import TransferOptions, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.models.families import families
 from tests.conftest import lora_tensors, small_base, small_family
 
@@ -124,7 +124,7 @@ def weights(model):
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 @pytest.mark.parametrize("method", ["copy", "project"])
 def test_diffusers_applies_the_transferred_update(tmp_path, bases, lora_file, naming, method):
-    result, _ = transfer_adapter(load_adapter(lora_file, bases[0]), *bases, method=method, rank=24)
+    result, _ = transfer_adapter(load_adapter(lora_file, bases[0]), *bases, TransferOptions(method=method, rank=24))
     save_adapter(result, tmp_path / "a.safetensors", naming=naming)
     unet = unet_of(SMALL)
     before = weights(unet)
@@ -175,7 +175,7 @@ def test_diffusers_reads_kohyas_sdxl_spelling(tmp_path):
 
 
 def test_peft_applies_the_transferred_update(tmp_path, bases, lora_file):
-    result, _ = transfer_adapter(load_adapter(lora_file, bases[0]), *bases, method="project", rank=24)
+    result, _ = transfer_adapter(load_adapter(lora_file, bases[0]), *bases, TransferOptions(method="project", rank=24))
     save_adapter(result, tmp_path / "a.safetensors", naming="diffusers")
     state = load_file(tmp_path / "a.safetensors")
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4}

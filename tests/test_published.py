@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from demo.synthetic import base_tensors
-from lorax import Cache, Engine, Outcome, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import Cache, Engine, Outcome, TransferOptions, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.models.families import families
 
 pytestmark = pytest.mark.slow  # bases of full size are made
@@ -49,9 +49,9 @@ def test_transfer_equals_the_published_formula_in_float64(full_size, published, 
     moved = {}
     engine = Engine(cache=Cache(tmp_path / "cache", 2**32))  # each weight is decomposed once for the four
     for file, adapter in given.items():
-        for dtype in (torch.float32, None):
+        for dtype in ("float32", "keep"):
             result, report = transfer_adapter(
-                adapter, source, target, method="project", rank=320, dtype=dtype, engine=engine
+                adapter, source, target, TransferOptions(method="project", rank=320, dtype=dtype), engine=engine
             )
             assert report.outcomes == {Outcome.TRANSFERRED: len(names)}
             save_adapter(result, tmp_path / "out.safetensors")
@@ -66,7 +66,7 @@ def test_transfer_equals_the_published_formula_in_float64(full_size, published, 
             worst[file, dtype] = max(worst[file, dtype], float(error))
     for (file, dtype), error in worst.items():
         # Half precision keeps 11 bits of each factor's entries, which alone makes a relative error of about 3e-4.
-        half = dtype is None and next(iter(given[file].layers.values())).dtype == torch.float16
+        half = dtype == "keep" and next(iter(given[file].layers.values())).dtype == torch.float16
         assert error < (6e-4 if half else 1e-4), worst
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lab.related import download, namesakes, pruned
-from lorax import compare_bases, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import TransferOptions, compare_bases, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.compare.matching import match_bases
 
 pytestmark = pytest.mark.slow  # two models are downloaded
@@ -83,7 +83,7 @@ def test_a_lora_named_as_in_its_base_arrives_as_the_formula_says(releases, tmp_p
         tensors[key] = torch.randn(4, n, *layer.shape[2:])
     save_file(tensors, tmp_path / "lora.safetensors")
     adapter = load_adapter(tmp_path / "lora.safetensors", source)
-    moved, _ = transfer_adapter(adapter, source, target, method=method, rank=32)
+    moved, _ = transfer_adapter(adapter, source, target, TransferOptions(method=method, rank=32))
     save_adapter(moved, tmp_path / "moved.safetensors")
     moved = load_adapter(tmp_path / "moved.safetensors", target)
     assert len(moved.layers) == len(attention(source)) == 28

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import lorax
 from lorax import LayerTable, MismatchError, NumericsError, OptionError
 from lorax.compare.matching import match_bases
-from lorax.compare.scores import PairScores, Score, mean_corrected
+from lorax.compare.scores import Score, Scores, mean_corrected
 from lorax.compare.similarity import compare_bases, pair_scores
 from lorax.models.families import UNKNOWN
 from lorax.transfer.report import similarity_json
@@ -203,7 +203,7 @@ def test_tables_say_of_each_pair_what_it_says_of_itself(bases):
     """And names find the same in tables of all and of some layers."""
     (kind, *_) = compare_bases(*bases).kinds
     sides = kind.left, kind.right
-    scores = PairScores()
+    scores = Scores()
     scores.add(kind.sources, kind.targets, sides)
     assert len(list(scores)) == len(scores) == len(kind.sources) * len(kind.targets)
     means = mean_corrected(sides)
@@ -220,6 +220,6 @@ def test_tables_say_of_each_pair_what_it_says_of_itself(bases):
     assert np.array_equal(found[1].phi, kind.right.phi[::-1, 1:], equal_nan=True)
     assert scores.sides(kind.sources, [lorax.Layer("unet.none", (1, 1))]) is None
     assert ("unet.none", kind.targets[0].name) not in scores
-    both = PairScores(scores)
+    both = Scores(scores)
     both.add([], [], sides)
     assert len(both) == len(scores)

@@ -14,12 +14,12 @@ from demo.synthetic import base_tensors
 from lorax import (
     Adapter,
     Assignment,
-    Engine,
     LoraLayer,
     LoraXLayer,
     MismatchError,
     OptionError,
     Outcome,
+    TransferOptions,
     load_adapter,
     save_adapter,
     transfer_adapter,
@@ -49,7 +49,7 @@ def lora_x(bases):
 
 
 def test_copy_is_bit_exact(bases, lora):
-    result, report = transfer_adapter(lora, *bases, method="copy")
+    result, report = transfer_adapter(lora, *bases, TransferOptions(method="copy"))
     assert report.outcomes == {Outcome.TRANSFERRED: len(lora.layers)}
     assert report.retained_norm == pytest.approx(1)
     for name, own in lora.layers.items():
@@ -65,7 +65,7 @@ def test_result_keeps_rank_alpha_and_dtype(tmp_path, bases, method):
     tensors = {key: value.half() for key, value in lora_tensors(bases[0]).items()}
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = load_adapter(tmp_path / "a.safetensors", bases[0])
-    result, report = transfer_adapter(adapter, *bases, method=method, rank=24)
+    result, report = transfer_adapter(adapter, *bases, TransferOptions(method=method, rank=24))
     for name, own in adapter.layers.items():
         moved = result.layers[name]
         assert (moved.rank, moved.alpha, moved.dtype) == (own.rank, own.alpha, torch.float16)
@@ -76,7 +76,7 @@ def test_result_keeps_rank_alpha_and_dtype(tmp_path, bases, method):
 
 
 def test_report_rows_tell_the_truth(bases, lora):
-    result, report = transfer_adapter(lora, *bases, method="project", rank=24)
+    result, report = transfer_adapter(lora, *bases, TransferOptions(method="project", rank=24))
     assert [row.source for row in report.rows] == [name for name in bases[0].layers if name in lora.layers]
     for row in report.rows:
         before, after = lora.layers[row.source].delta_weight(), result.layers[row.target].delta_weight()
@@ -116,7 +116,7 @@ def test_fast_projection_is_right_to_its_bound(lora, tmp_path):
     adapter = Adapter("a", pair[0].family, "kohya", {name: own})
     for method in ("project", "subspace-null"):
         exact, fast = (
-            transfer_adapter(adapter, *pair, method=method, rank=100, engine=Engine(fast=fast))[0]
+            transfer_adapter(adapter, *pair, TransferOptions(method=method, rank=100, fast=fast))[0]
             .layers[name]
             .delta_weight()
             for fast in (False, True)
@@ -125,13 +125,13 @@ def test_fast_projection_is_right_to_its_bound(lora, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "index"}, {"method": "align"}, {"method": "project", "output_format": "lora-x"}], ids=str
+    "options", [{"method": "index"}, {"method": "align"}, {"method": "project", "format": "lora-x"}], ids=str
 )
 def test_what_needs_single_vectors_is_never_fast(options):
     """The fast subspace turns vectors of like singular values among each other; `index` and LoRA-X tell them apart."""
     layer = lorax.Layer("transformer.blocks.0.attn.to_q", (150, 160))
     generator = torch.Generator().manual_seed(5)
-    shapes = (150, 160), ((150, 160) if "output_format" in options else (170, 160))
+    shapes = (150, 160), ((150, 160) if "format" in options else (170, 160))
     weights = [torch.randn(shape, generator=generator) for shape in shapes]
     pair = [
         lorax.Base(name, UNKNOWN, lorax.LayerTable([replace(layer, shape=tuple(W.shape))]), lambda _, W=W: W)
@@ -140,7 +140,7 @@ def test_what_needs_single_vectors_is_never_fast(options):
     own = LoraLayer(layer, torch.randn(150, 4, generator=generator), torch.randn(4, 160, generator=generator))
     adapter = Adapter("a", None, "kohya", {layer.name: own})
     exact, fast = (
-        transfer_adapter(adapter, *pair, rank=50, threshold=-9, engine=Engine(fast=fast), **options)[0]
+        transfer_adapter(adapter, *pair, TransferOptions(rank=50, threshold=-9, fast=fast, **options))[0]
         .layers[layer.name]
         .parts()
         for fast in (False, True)
@@ -151,7 +151,7 @@ def test_what_needs_single_vectors_is_never_fast(options):
 def test_inputs_never_change(bases, lora):
     before = {name: (own.lora_up.clone(), own.lora_down.clone()) for name, own in lora.layers.items()}
     files = [base.files[0].read_bytes() for base in bases]
-    transfer_adapter(lora, *bases, method="subspace-null", rank=8)
+    transfer_adapter(lora, *bases, TransferOptions(method="subspace-null", rank=8))
     for name, own in lora.layers.items():
         assert torch.equal(own.lora_up, before[name][0])
         assert torch.equal(own.lora_down, before[name][1])
@@ -160,8 +160,10 @@ def test_inputs_never_change(bases, lora):
 
 def test_lora_x_is_projected_and_can_stay_lora_x(bases, lora_x):
     source, target = bases
-    result, report = transfer_adapter(lora_x, source, target, method="project", rank=16)
-    kept, kept_report = transfer_adapter(lora_x, source, target, method="project", rank=16, output_format="lora-x")
+    result, report = transfer_adapter(lora_x, source, target, TransferOptions(method="project", rank=16))
+    kept, kept_report = transfer_adapter(
+        lora_x, source, target, TransferOptions(method="project", rank=16, format="lora-x")
+    )
     assert {row.method for row in report.rows} == {"project"}
     dense = convert_to_lora(kept, target)
     for name, own in lora_x.layers.items():
@@ -179,7 +181,7 @@ def test_lora_x_is_projected_and_can_stay_lora_x(bases, lora_x):
 
 
 def test_lora_x_on_its_own_base_is_itself(bases, lora_x):
-    result, report = transfer_adapter(lora_x, bases[0], bases[0], rank=16, output_format="lora-x")
+    result, report = transfer_adapter(lora_x, bases[0], bases[0], TransferOptions(rank=16, format="lora-x"))
     assert {row.method for row in report.rows} == {"orthogonal"}
     assert report.retained_norm == pytest.approx(1, abs=1e-4)
     for name, own in lora_x.layers.items():
@@ -188,10 +190,10 @@ def test_lora_x_on_its_own_base_is_itself(bases, lora_x):
 
 def test_lora_x_of_another_base_is_refused_and_a_swap_is_named(bases, lora_x, tmp_path):
     with pytest.raises(MismatchError, match="swap source and target"):
-        transfer_adapter(lora_x, bases[1], bases[0], rank=16)
+        transfer_adapter(lora_x, bases[1], bases[0], TransferOptions(rank=16))
     stranger = small_base(tmp_path / "stranger.safetensors", seed=99)
     with pytest.raises(MismatchError, match="own source base"):
-        transfer_adapter(lora_x, stranger, bases[1], rank=16)
+        transfer_adapter(lora_x, stranger, bases[1], TransferOptions(rank=16))
     with pytest.raises(MismatchError, match="needs its source base"):
         convert_to_lora(lora_x)
 
@@ -199,14 +201,14 @@ def test_lora_x_of_another_base_is_refused_and_a_swap_is_named(bases, lora_x, tm
 def test_unrelated_layers_get_no_update(bases, lora, tmp_path):
     stranger = small_base(tmp_path / "stranger.safetensors", seed=99)
     with pytest.raises(MismatchError, match="below threshold"):
-        transfer_adapter(lora, bases[0], stranger, threshold=0.5)
-    _, report = transfer_adapter(lora, *bases, threshold=0.5)
+        transfer_adapter(lora, bases[0], stranger, TransferOptions(threshold=0.5))
+    _, report = transfer_adapter(lora, *bases, TransferOptions(threshold=0.5))
     assert report.arrived == len(report.rows)
 
 
 def test_text_encoder_layers_are_kept_where_a_base_has_none(bases, lora, tmp_path):
     bare = small_base(tmp_path / "bare.safetensors", change=0.2, text=False)
-    result, report = transfer_adapter(lora, bases[0], bare, method="project", rank=24)
+    result, report = transfer_adapter(lora, bases[0], bare, TransferOptions(method="project", rank=24))
     for row in report.rows:
         kept = row.source.startswith("text_encoder.")
         assert (row.outcome is Outcome.KEPT) == kept
@@ -228,7 +230,7 @@ def test_layers_that_the_target_lacks_are_reported_and_strict_raises(bases, lora
         f"{len(missing)} of {len(report.rows)} layers get no update" in text for text in map(str, report.warnings)
     )
     with pytest.raises(MismatchError, match="strict"):
-        transfer_adapter(lora, source, pruned, strict=True)
+        transfer_adapter(lora, source, pruned, TransferOptions(strict=True))
     smaller = replace(source, layers=layers)
     _, report = transfer_adapter(lora, smaller, pruned)
     assert report.outcomes[Outcome.NO_SOURCE_LAYER] == len(missing)
@@ -243,7 +245,7 @@ def test_an_adapter_that_fits_the_target_and_not_the_source_is_not_mapped_twice(
 
 def test_another_width_is_aligned_and_marked(bases, lora, tmp_path):
     wide = small_base(tmp_path / "wide.safetensors", model_channels=64, text=False)
-    result, report = transfer_adapter(lora, bases[0], wide, rank=16, threshold=-9)
+    result, report = transfer_adapter(lora, bases[0], wide, TransferOptions(rank=16, threshold=-9))
     rows = {row.source: row for row in report.rows if row.source.startswith("unet.")}
     assert {row.method for row in rows.values()} == {"align"}
     for name, row in rows.items():
@@ -251,7 +253,7 @@ def test_another_width_is_aligned_and_marked(bases, lora, tmp_path):
         assert ("weakest" in row.note) == (".attn2.to_k" not in name and ".attn2.to_v" not in name)
     assert any("weakest kind" in text for text in map(str, report.warnings))
     for method in ("copy", "orthogonal", "project", "subspace-null"):
-        _, refused = transfer_adapter(lora, bases[0], wide, method=method, rank=16, threshold=-9)
+        _, refused = transfer_adapter(lora, bases[0], wide, TransferOptions(method=method, rank=16, threshold=-9))
         assert {row.outcome for row in refused.rows if row.source in rows} == {Outcome.SHAPE_MISMATCH}
 
 
@@ -271,7 +273,7 @@ def test_between_families_of_another_text_width(tmp_path, way):
             tensors[f"{module}.lora_down.weight"] = torch.randn(4, layer.shape[1])
     save_file(tensors, tmp_path / "lora.safetensors")
     adapter = load_adapter(tmp_path / "lora.safetensors", source)
-    result, report = transfer_adapter(adapter, source, target, threshold=-9)
+    result, report = transfer_adapter(adapter, source, target, TransferOptions(threshold=-9))
     assert report.arrived == len(report.rows) == len(adapter.layers)
     for row in report.rows:
         assert row.method == ("align" if row.source.endswith(("attn2.to_k", "attn2.to_v")) else "orthogonal")
@@ -318,7 +320,7 @@ def test_a_file_read_without_its_base_is_named_by_it_when_used(tmp_path):
         {"rank": 0},
         {"rank": 10**6},
         {"method": "magic"},
-        {"output_format": "dora"},
+        {"format": "dora"},
         {"threshold": 1.0},
         {"threshold": math.nan},
         {"threshold": -math.inf},
@@ -327,11 +329,11 @@ def test_a_file_read_without_its_base_is_named_by_it_when_used(tmp_path):
 )
 def test_options_out_of_range(bases, lora, options):
     with pytest.raises(OptionError):
-        transfer_adapter(lora, *bases, **options)
+        transfer_adapter(lora, *bases, TransferOptions(**options))
 
 
 def test_a_weak_effect_is_said_with_advice(bases, lora):
-    _, report = transfer_adapter(lora, *bases, method="project", rank=2)
+    _, report = transfer_adapter(lora, *bases, TransferOptions(method="project", rank=2))
     assert report.retained_norm < 0.5
     assert any("weak effect" in text and "copy" in text and "strength" in text for text in map(str, report.warnings))
 
@@ -342,7 +344,7 @@ def test_the_advice_looks_at_what_was_lost(bases, lora):
     unrelated = replace(
         target, read=lambda layer: target.read(layer) if "ff.net" in layer.name else torch.randn(layer.shape)
     )
-    _, report = transfer_adapter(lora, source, unrelated, threshold=0.5)
+    _, report = transfer_adapter(lora, source, unrelated, TransferOptions(threshold=0.5))
     assert 0 < report.retained_norm < 0.5
     assert report.outcomes[Outcome.BELOW_THRESHOLD] > 20
     assert any("weak effect" in text and "a lower threshold" in text for text in map(str, report.warnings))
@@ -353,7 +355,7 @@ def test_an_update_of_zero(bases, tmp_path):
     tensors = {key: torch.zeros_like(t) if "lora_up" in key else t for key, t in tensors.items()}
     save_file(tensors, tmp_path / "zero.safetensors")
     adapter = load_adapter(tmp_path / "zero.safetensors", bases[0])
-    result, report = transfer_adapter(adapter, *bases, method="project", rank=8)
+    result, report = transfer_adapter(adapter, *bases, TransferOptions(method="project", rank=8))
     assert math.isnan(report.retained_norm)
     assert all(not own.delta_weight().any() for own in result.layers.values())
     jsonschema.validate(report.to_json(), REPORT_SCHEMA)
@@ -362,13 +364,13 @@ def test_an_update_of_zero(bases, tmp_path):
 def test_alpha_zero_stays_zero(bases, tmp_path):
     save_file(lora_tensors(bases[0], alpha=0.0), tmp_path / "a.safetensors")
     adapter = load_adapter(tmp_path / "a.safetensors", bases[0])
-    result, _ = transfer_adapter(adapter, *bases, method="project", rank=8)
+    result, _ = transfer_adapter(adapter, *bases, TransferOptions(method="project", rank=8))
     assert all(not own.delta_weight().any() for own in result.layers.values())
 
 
 def test_reports_are_valid_json_by_the_schema(bases, lora):
     jsonschema.Draft202012Validator.check_schema(REPORT_SCHEMA)
-    _, report = transfer_adapter(lora, *bases, method="project", rank=8)
+    _, report = transfer_adapter(lora, *bases, TransferOptions(method="project", rank=8))
     for data in (report.to_json(), similarity_json(compare_bases(*bases, attention_only=False))):
         text = json.dumps(data, allow_nan=False)
         jsonschema.validate(json.loads(text), REPORT_SCHEMA)
@@ -435,18 +437,18 @@ def test_no_strength_makes_up_for_what_is_left_out_on_purpose(bases, lora):
         return source.read(layer) + (own.delta_weight().reshape(layer.shape) if own else 0)
 
     drifted = replace(target, read=read)
-    _, report = transfer_adapter(lora, source, drifted, method="orthogonal", threshold=-1e9)
+    _, report = transfer_adapter(lora, source, drifted, TransferOptions(method="orthogonal", threshold=-1e9))
     assert report.retained_norm < 0.01
     assert report.suggested_strength == 1
     assert "left out" in report.summary
     assert not any("weak effect" in text for text in map(str, report.warnings))
-    _, report = transfer_adapter(lora, source, target, method="project", rank=8)
+    _, report = transfer_adapter(lora, source, target, TransferOptions(method="project", rank=8))
     assert report.suggested_strength == pytest.approx(min(4, 1 / report.retained_norm))
 
 
 def test_copy_does_what_a_lora_x_does_on_its_source(bases, lora_x):
     source, target = bases
-    result, report = transfer_adapter(lora_x, source, target, method="copy")
+    result, report = transfer_adapter(lora_x, source, target, TransferOptions(method="copy"))
     assert {row.method for row in report.rows} == {"copy"}
     for name, own in lora_x.layers.items():
         U, _, Vh = torch.linalg.svd(source.weight(name).double().flatten(1), full_matrices=False)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax import Layer, transfer_adapter
+from lorax import Layer, TransferOptions, transfer_adapter
 from lorax.adapters import (
     Adapter,
 )
@@ -63,10 +63,8 @@ def test_every_method_is_its_formula_for_every_kind(shape, k, alpha, rank, weigh
             whole = moved_naively(method, dW, A, source, target, rank)
             if kind not in THIN and method == "orthogonal":  # its factors depend on how the update is refactored
                 continue
-            result, report = transfer_adapter(
-                Adapter("a", None, "kohya", {NAME: stored}), *bases,
-                method=method, rank=rank, lora_rank=1000, threshold=-1e9, dtype=torch.float32,
-            )  # fmt: skip
+            options = TransferOptions(method=method, rank=rank, lora_rank=1000, threshold=-1e9, dtype="float32")
+            result, report = transfer_adapter(Adapter("a", None, "kohya", {NAME: stored}), *bases, options)
             moved = result.layers[NAME]
             arrived = moved.delta_weight(target.double() if moved.needs_weight else None).double()
             if method == "copy" and moved.needs_weight:

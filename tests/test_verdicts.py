@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorax import LayerTable, MismatchError, Outcome, load_adapter, transfer_adapter
+from lorax import LayerTable, MismatchError, Outcome, TransferOptions, load_adapter, transfer_adapter
 from lorax.adapters.convert import convert_to_lora_x
 from lorax.compare.matching import match_bases
 from tests.conftest import REPORT_SCHEMA, lora_tensors
@@ -49,7 +49,7 @@ def test_an_update_that_cannot_be_read_is_a_layer_that_does_not_arrive(broken, b
     whole = len(adapter_of(tensors, bases[0], tmp_path).layers)
     broken(tensors)
     adapter = adapter_of(tensors, bases[0], tmp_path)
-    _, report = transfer_adapter(adapter, *bases, method="copy")
+    _, report = transfer_adapter(adapter, *bases, TransferOptions(method="copy"))
     layers = whole + (broken is of_a_bias)
     assert (report.arrived, report.layers) == (layers - 1, layers)
     (row,) = report.missing
@@ -60,7 +60,7 @@ def test_an_update_that_cannot_be_read_is_a_layer_that_does_not_arrive(broken, b
     assert "all of it" not in report.summary
     assert f"1 of {layers} layers get no update: 1 not readable" in map(str, report.warnings)
     with pytest.raises(MismatchError, match=r"strict.*not readable"):
-        transfer_adapter(adapter, *bases, method="copy", strict=True)
+        transfer_adapter(adapter, *bases, TransferOptions(method="copy", strict=True))
     jsonschema.validate(json.loads(json.dumps(report.to_json(), allow_nan=False)), REPORT_SCHEMA)
 
 
@@ -70,7 +70,7 @@ def test_what_is_no_update_of_a_layer_is_told_and_counts_as_none(bases, tmp_path
         "logit_scale": torch.ones(1),
     }
     adapter = adapter_of(tensors, bases[0], tmp_path)
-    _, report = transfer_adapter(adapter, *bases, method="copy", strict=True)
+    _, report = transfer_adapter(adapter, *bases, TransferOptions(method="copy", strict=True))
     assert report.arrived == report.layers == len(adapter.layers)
     assert report.unused.keys() == adapter.unused.keys() == {"bundle_emb.style.string_to_param.*", "logit_scale"}
     assert any("2 tensors of the file are not used" in text for text in map(str, report.warnings))
@@ -85,7 +85,7 @@ def test_layers_of_unknown_norm_are_not_nothing(count, bases, tmp_path):
         tensors |= {f"{module}.lora_up.weight": torch.ones(8, 1), f"{module}.lora_down.weight": torch.ones(1, 8)}
         tensors |= {f"{module}.dora_scale": torch.ones(8, 1)}
     adapter = adapter_of(tensors, bases[0], tmp_path)
-    _, report = transfer_adapter(adapter, *bases, method="copy")
+    _, report = transfer_adapter(adapter, *bases, TransferOptions(method="copy"))
     known = report.layers - count
     assert report.arrived == known
     assert report.retained_norm == pytest.approx(1)
@@ -103,7 +103,9 @@ def test_no_strength_is_suggested_where_layers_are_missing(bases, tmp_path):
     adapter = adapter_of(lora_tensors(bases[0]), bases[0], tmp_path)
     target = bases[1]
     fewer = LayerTable(layer for layer in target.layers.values() if "mid_block" not in layer.name)
-    _, report = transfer_adapter(adapter, bases[0], replace(target, layers=fewer), method="project", rank=2)
+    _, report = transfer_adapter(
+        adapter, bases[0], replace(target, layers=fewer), TransferOptions(method="project", rank=2)
+    )
     assert 0 < report.retained_norm < 0.5
     assert report.suggested_strength is report.to_json()["suggested_strength"] is None
     assert report.summary.endswith("no strength is suggested, as layers are missing")
@@ -120,13 +122,15 @@ def test_only_what_orthogonal_left_out_is_said_to_be_left_out(bases, tmp_path):
         tensors[key.replace(".alpha", ".dora_scale")] = torch.full((rows, 1), 20.0)
     source, target = bases
     larger = replace(target, read=lambda layer: 1.2 * target.read(layer))
-    _, report = transfer_adapter(adapter_of(tensors, source, tmp_path), source, larger, method="copy")
+    _, report = transfer_adapter(adapter_of(tensors, source, tmp_path), source, larger, TransferOptions(method="copy"))
     assert report.retained_norm > 1.05
     assert report.summary.endswith("suggested strength 1.00 (all of it arrived)")
     half = {key: tensor.half() for key, tensor in lora_tensors(source).items()}
-    _, report = transfer_adapter(adapter_of(half, source, tmp_path), source, source, method="orthogonal")
+    _, report = transfer_adapter(
+        adapter_of(half, source, tmp_path), source, source, TransferOptions(method="orthogonal")
+    )
     assert report.summary.endswith("suggested strength 1.00 (all of it arrived)")
-    _, report = transfer_adapter(adapter_of(half, source, tmp_path), *bases, method="orthogonal")
+    _, report = transfer_adapter(adapter_of(half, source, tmp_path), *bases, TransferOptions(method="orthogonal"))
     assert report.summary.endswith("suggested strength 1.00 (what the target does already is left out)")
 
 
@@ -136,7 +140,7 @@ def test_a_layer_that_feeds_several_counts_once(bases, tmp_path):
     block = LAYER.removesuffix(".attn1.to_q")
     twice = "unet.up_blocks.0.attentions.0.transformer_blocks.0"
     assignment = replace(found, pairs={**found.pairs, twice: block})
-    _, report = transfer_adapter(adapter, *bases, method="copy", assignment=assignment, threshold=-9)
+    _, report = transfer_adapter(adapter, *bases, TransferOptions(method="copy", threshold=-9), assignment=assignment)
     gone = [name for name in adapter.layers if name.startswith(twice)]
     assert sum(row.source == LAYER for row in report.rows) == 2
     assert report.layers == report.to_json()["layers"] == len(adapter.layers)

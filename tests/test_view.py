@@ -10,7 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from lorax import compare_bases, load_adapter, transfer_adapter
+from lorax import TransferOptions, compare_bases, load_adapter, transfer_adapter
 from lorax.compare.matching import Assignment, match_bases
 from lorax.compare.scores import ScoreTable
 from lorax.compare.similarity import KindSimilarity, Similarity
@@ -57,13 +57,13 @@ def test_the_layers_are_in_the_order_of_the_model_with_their_shapes(bases):
 def test_what_the_view_counts_is_what_a_transfer_moves(bases, lora_file):
     """Above the threshold, as the view takes it, against the outcomes of a real transfer."""
     similarity = compare_bases(*bases, attention_only=False)
-    view = similarity_view(similarity, *bases, match_bases(*bases, known=similarity.scores))
+    view = similarity_view(similarity, *bases, match_bases(*bases, scores=similarity.scores))
     targets = names(view["targets"])
     values = sorted(pair[4] for pair in view["pairs"])
     threshold = (values[len(values) // 3] + values[len(values) // 3 + 1]) / 2
     above = {targets[target]: not value <= threshold for target, _, _, _, value in view["pairs"]}
     adapter = load_adapter(lora_file, bases[0])
-    _, report = transfer_adapter(adapter, *bases, threshold=threshold, similarity=similarity)
+    _, report = transfer_adapter(adapter, *bases, TransferOptions(threshold=threshold), similarity=similarity)
     moved = {row.target: row.outcome in ARRIVED for row in report.rows}
     assert 0 < sum(moved.values()) < len(moved)
     assert moved == {name: above[name] for name in moved}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorax import Base, Layer, LayerTable, Outcome, transfer_adapter
+from lorax import Base, Layer, LayerTable, Outcome, TransferOptions, transfer_adapter
 from lorax.adapters import Adapter, DiffLayer, LoraXLayer, expand
 from lorax.models.families import families
 from tests.naive import moved_naively, random, updates
@@ -64,10 +64,8 @@ def test_the_known_channels_take_the_update_and_the_others_none(case, method):
     columns = source.layers[name].matrix_shape[1]
     for kind, own in of_kinds(source, name).items():
         dW = dense(own, source)
-        result, report = transfer_adapter(
-            Adapter("a", source.family, "kohya", {name: own}), source, target,
-            method=method, rank=3, lora_rank=1000, threshold=-9, dtype=torch.float32,
-        )  # fmt: skip
+        options = TransferOptions(method=method, rank=3, lora_rank=1000, threshold=-9, dtype="float32")
+        result, report = transfer_adapter(Adapter("a", source.family, "kohya", {name: own}), source, target, options)
         (row,) = report.rows
         assert row.outcome is Outcome.TRANSFERRED
         assert f"the first {case[3]} input channels" in row.note
@@ -96,7 +94,7 @@ def test_the_result_has_the_dtype_of_the_input(kind, method):
     source, target = pair(MADE[0])
     own = of_kinds(source, "unet.conv_in")[kind]
     adapter = Adapter("a", source.family, "kohya", {"unet.conv_in": own.moved(own.layer, torch.float16)})
-    result, _ = transfer_adapter(adapter, source, target, method=method, rank=3, threshold=-9)
+    result, _ = transfer_adapter(adapter, source, target, TransferOptions(method=method, rank=3, threshold=-9))
     assert result.layers["unet.conv_in"].dtype == torch.float16
 
 
@@ -108,7 +106,9 @@ def test_the_other_way_the_channels_that_the_target_lacks_are_cut_and_count_as_l
     for own in of_kinds(source, name).values():
         dW = dense(own, source)
         adapter = Adapter("a", source.family, "kohya", {name: own})
-        result, report = transfer_adapter(adapter, source, target, method="copy", threshold=-9, dtype=torch.float32)
+        result, report = transfer_adapter(
+            adapter, source, target, TransferOptions(method="copy", threshold=-9, dtype="float32")
+        )
         arrived = dense(result.layers[name], target)
         torch.testing.assert_close(arrived, dW[:, :columns], rtol=1e-3, atol=1e-4 * float(dW.norm()))
         assert report.retained_norm == pytest.approx(float(arrived.norm() / dW.norm()), rel=1e-3)
@@ -123,7 +123,7 @@ def test_they_are_compared_by_the_channels_that_they_share():
     assert row.right.phi > 0.95
     stranger = base_of("sd1", "unet.conv_in", random(9, 32, 9, 3, 3))
     adapter = Adapter("a", source.family, "kohya", {"unet.conv_in": own, "unet.other": of_other(source)})
-    _, report = transfer_adapter(adapter, source, stranger, threshold=0.5)
+    _, report = transfer_adapter(adapter, source, stranger, TransferOptions(threshold=0.5))
     assert {row.source: row.outcome for row in report.rows} == {
         "unet.conv_in": Outcome.BELOW_THRESHOLD,
         "unet.other": Outcome.TRANSFERRED,
@@ -134,7 +134,7 @@ def test_as_a_lora_x_it_is_the_change_of_the_singular_values_of_the_whole_target
     source, target = pair(MADE[0])
     own = of_kinds(source, "unet.conv_in")["lora"]
     adapter = Adapter("a", source.family, "kohya", {"unet.conv_in": own})
-    result, report = transfer_adapter(adapter, source, target, method="copy", rank=8, output_format="lora-x")
+    result, report = transfer_adapter(adapter, source, target, TransferOptions(method="copy", rank=8, format="lora-x"))
     moved = result.layers["unet.conv_in"]
     assert isinstance(moved, LoraXLayer)
     padded = torch.nn.functional.pad(dense(own, source), (0, 45))
@@ -155,7 +155,7 @@ def test_another_width_is_none_of_them(other):
     shape = {"other outputs": (40, 9, 3, 3), "other kernel": (32, 9, 1, 1)}.get(other, shape)
     target = base_of("sdxl" if other == "another family" else family, name, random(1, *shape))
     adapter = Adapter("a", None, "kohya", {name: of_kinds(source, name)["lora"], "unet.other": of_other(source)})
-    _, report = transfer_adapter(adapter, source, target, method="copy", threshold=-9)
+    _, report = transfer_adapter(adapter, source, target, TransferOptions(method="copy", threshold=-9))
     row = next(row for row in report.rows if row.source == name)
     assert row.outcome is Outcome.SHAPE_MISMATCH
 

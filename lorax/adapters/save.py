@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import NumericsError, OptionError
+from ..errors import NumericsError
 from ..files.output import check_output, write_bytes
 from ..files.tensorfile import serialize
 from ..linalg import all_finite
 from ..models.families import Family
 from ..models.layers import Layer, is_swapped
-from ..options import NAMINGS
+from ..options import Naming, choice
 from .combine import whole, with_halves_swapped
 from .config import HEADER_ALPHA
 from .diff import VectorLayer
@@ -66,12 +66,11 @@ def save_adapter(
         NumericsError: A number does not fit `dtype`.
         OutputError: The file cannot be written.
     """
-    if naming not in NAMINGS:
-        raise OptionError("unknown naming", naming, f"choose one of {', '.join(NAMINGS)}")
+    naming = choice(Naming, naming)
     out = check_output(path, list(inputs))
-    if naming == "keep":
+    if naming is Naming.keep:
         kept = {"peft": "diffusers"}.get(adapter.naming, adapter.naming)
-        naming = kept if kept in (*NAMINGS, *FLATTENED) else "kohya"
+        naming = kept if kept in (*Naming, *FLATTENED) else "kohya"
     tensors: dict[str, Tensor] = {}
     fingerprints: dict[str, str] = {}
     for module, layer in _modules(adapter, naming):

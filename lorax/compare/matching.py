@@ -16,19 +16,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..compute.engine import CPU, Engine
-from ..errors import FormatError, OptionError
+from ..errors import FormatError
 from ..files.tensorfile import read_json
 from ..models.base import Base
 from ..models.layers import Layer, LayerTable
-from ..options import MATCHINGS
+from ..options import Matching, choice
 from ..progress import Progress, counter, silent
-from .scores import Array, PairScores, Score, check_pairs, mean_corrected
+from .scores import Array, Scores, check_pairs, mean_corrected
 from .similarity import score_layers
 
 ASSIGNMENT_SCHEMA = "lorax-assignment"
 NUMBERS = re.compile(r"\d+")
 LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(.*)")
-Scores = Mapping[tuple[str, str], tuple[Score, Score]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Assignment:
     """Where each block (or layer) of a target gets its updates from.
 
     Attributes:
-        matching: How it was made: one of MATCHINGS, or `file`.
+        matching: How it was made: a `Matching`, or `file`.
         pairs: Target block or layer -> source block or layer; empty: it gets none. What is not in it goes by its name.
         ways: Target block or layer -> how it was paired: `name`, `similarity` or `position`.
         scores: Left and right similarity of the layer pairs that were compared on the way.
@@ -46,7 +45,7 @@ class Assignment:
     matching: str
     pairs: Mapping[str, str]
     ways: Mapping[str, str] = field(default_factory=dict[str, str])
-    scores: Scores = field(default_factory=dict[tuple[str, str], tuple[Score, Score]])
+    scores: Scores = field(default_factory=Scores)
     components: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def source_of(self, target: str) -> str:
@@ -109,7 +108,7 @@ def match_bases(
     target: Base,
     matching: str = "auto",
     *,
-    known: PairScores | None = None,
+    scores: Scores | None = None,
     engine: Engine = CPU,
     progress: Progress = silent,
 ) -> Assignment:
@@ -122,7 +121,7 @@ def match_bases(
             name only. `order`: by similarity, in order, in every stage. `argmax`: every module of the target takes the
             most similar module of the same role in the stage, in any order and as often as it comes (the published
             rule).
-        known: Scores of layer pairs that are known already; they are not computed again.
+        scores: What is known of these two bases, which is not computed again; what is computed is added.
         engine: How and where to compute.
         progress: Called with (done, total, layer name).
 
@@ -131,18 +130,18 @@ def match_bases(
         MismatchError: There are too many blocks to compare.
         NumericsError: A weight holds NaN or Inf.
     """
-    if matching not in MATCHINGS:
-        raise OptionError("unknown matching", matching, f"choose one of {', '.join(MATCHINGS)}")
+    matching = choice(Matching, matching)
     stages_s = _stages(source.layers)
     pairs: dict[str, str] = {}
     ways: dict[str, str] = {}
-    scores = PairScores(known)
+    scores = Scores() if scores is None else scores
     compared: list[tuple[list[_Block], list[_Block]]] = []
     for stage, blocks_t in _stages(target.layers).items():
         blocks_s = stages_s.get(stage, [])
         places = {block.place: block.name for block in blocks_s}
         if blocks_s and (
-            matching in ("order", "argmax") or (matching == "auto" and list(places) != [b.place for b in blocks_t])
+            matching in (Matching.in_order, Matching.argmax)
+            or (matching is Matching.auto and list(places) != [b.place for b in blocks_t])
         ):
             compared.append((blocks_s, blocks_t))
         else:
@@ -156,10 +155,10 @@ def match_bases(
         for sources, targets in new:
             scores.add(sources, targets, score_layers(source, target, sources, targets, engine=engine, tick=tick))
     for blocks_s, blocks_t in compared:
-        found, way = (_argmax if matching == "argmax" else _in_order)(blocks_s, blocks_t, scores)
+        found, way = (_argmax if matching is Matching.argmax else _in_order)(blocks_s, blocks_t, scores)
         pairs |= found
         ways |= dict.fromkeys(found, way)
-    return Assignment(matching, pairs, ways, scores, _components(source, target))
+    return Assignment(str(matching), pairs, ways, scores, _components(source, target))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +202,13 @@ def _roles(blocks_s: list[_Block], blocks_t: list[_Block]) -> list[tuple[list[La
     return [(sources, targets) for sources, targets in both if targets]
 
 
-def _values(sources: list[Layer], targets: list[Layer], scores: PairScores) -> Array:
+def _values(sources: list[Layer], targets: list[Layer], scores: Scores) -> Array:
     """Return the mean corrected similarity of both sides, `[sources, targets]`; NaN where no side can be compared."""
     sides = scores.sides(sources, targets)
     return np.full((len(sources), len(targets)), np.nan) if sides is None else mean_corrected(sides)
 
 
-def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: PairScores) -> tuple[dict[str, str], str]:
+def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[dict[str, str], str]:
     found: dict[str, str] = {}
     for sources, targets in _roles(blocks_s, blocks_t):
         values = _values(sources, targets, scores)
@@ -218,7 +217,7 @@ def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: PairScores) 
     return found, "similarity"
 
 
-def _in_order(blocks_s: list[_Block], blocks_t: list[_Block], scores: PairScores) -> tuple[dict[str, str], str]:
+def _in_order(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[dict[str, str], str]:
     table = _block_values(blocks_s, blocks_t, scores)
     if np.isnan(table).all():
         chosen, way = spread(len(blocks_s), len(blocks_t)), "position"
@@ -228,7 +227,7 @@ def _in_order(blocks_s: list[_Block], blocks_t: list[_Block], scores: PairScores
     return {block.name: fed.get(block.name, "") for block in blocks_t}, way
 
 
-def _block_values(blocks_s: list[_Block], blocks_t: list[_Block], scores: PairScores) -> Array:
+def _block_values(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> Array:
     """Return what each pair of blocks is worth: the sum over the roles that both have; NaN where none has a value."""
     compared_s, compared_t = ([block.compared for block in blocks] for blocks in (blocks_s, blocks_t))
     table, known = np.zeros((len(blocks_s), len(blocks_t))), np.zeros((len(blocks_s), len(blocks_t)), bool)

@@ -68,20 +68,25 @@ def mean_corrected(sides: Sides) -> Array:
     return np.where(np.isnan(left), right, np.where(np.isnan(right), left, (left + right) / 2))
 
 
-class PairScores(Mapping[tuple[str, str], tuple[Score, Score]]):
-    """Left and right score of pairs of layers, by (source layer name, target layer name).
+class Scores(Mapping[tuple[str, str], tuple[Score, Score]]):
+    """Left and right score of pairs of layers, by (source layer name, target layer name): what is known of two bases.
 
     Args:
-        known: Others, whose pairs it has too.
+        known: Others of the same bases, whose pairs it has too.
     """
 
-    def __init__(self, known: "PairScores | None" = None) -> None:
-        self._tables = list(known._tables) if known else []
+    def __init__(self, *known: "Scores") -> None:
+        self._tables = [table for scores in known for table in scores._tables]
+        self._pairs = {pair: sides for scores in reversed(known) for pair, sides in scores._pairs.items()}
 
     def add(self, sources: Sequence[Layer], targets: Sequence[Layer], sides: Sides) -> None:
         """Add all pairs of some layers: the left and the right scores."""
         rows, columns = ({layer.name: i for i, layer in enumerate(side)} for side in (sources, targets))
         self._tables.append((rows, columns, sides))
+
+    def add_pair(self, source: Layer, target: Layer, scores: tuple[Score, Score]) -> None:
+        """Add one pair: the left and the right score."""
+        self._pairs[source.name, target.name] = scores
 
     def sides(self, sources: Sequence[Layer], targets: Sequence[Layer]) -> Sides | None:
         """Return the scores of all pairs of these layers; None where one of them is not known."""
@@ -92,6 +97,8 @@ class PairScores(Mapping[tuple[str, str], tuple[Score, Score]]):
         return None
 
     def __getitem__(self, pair: tuple[str, str]) -> tuple[Score, Score]:
+        if pair in self._pairs:
+            return self._pairs[pair]
         for rows, columns, (left, right) in self._tables:
             if pair[0] in rows and pair[1] in columns:
                 place = rows[pair[0]], columns[pair[1]]
@@ -99,10 +106,11 @@ class PairScores(Mapping[tuple[str, str], tuple[Score, Score]]):
         raise KeyError(pair)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        return ((source, target) for rows, columns, _ in self._tables for source in rows for target in columns)
+        tables = ((source, target) for rows, columns, _ in self._tables for source in rows for target in columns)
+        return iter(dict.fromkeys([*self._pairs, *tables]))
 
     def __len__(self) -> int:
-        return sum(len(rows) * len(columns) for rows, columns, _ in self._tables)
+        return sum(1 for _ in self)
 
 
 def check_pairs(blocks: Iterable[tuple[Sequence[Layer], Sequence[Layer]]]) -> None:

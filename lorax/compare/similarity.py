@@ -20,7 +20,7 @@ from ..linalg import Subspace, decompose, gram, near_one, to_exact
 from ..models.base import Base
 from ..models.layers import Layer
 from ..progress import Progress, counter, silent, unheard
-from .scores import Array, PairScores, Score, ScoreTable, Sides, check_pairs
+from .scores import Array, Score, Scores, ScoreTable, Sides, check_pairs
 
 # Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
 GRAM_LIMIT = 4096
@@ -185,9 +185,9 @@ class Similarity:
     kinds: list[KindSimilarity] = field(default_factory=list[KindSimilarity])
 
     @property
-    def scores(self) -> PairScores:
+    def scores(self) -> Scores:
         """Left and right score of every pair, by (source layer name, target layer name)."""
-        scores = PairScores()
+        scores = Scores()
         for kind in self.kinds:
             scores.add(kind.sources, kind.targets, (kind.left, kind.right))
         return scores

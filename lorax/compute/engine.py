@@ -42,12 +42,10 @@ class Engine:
 
     Attributes:
         device: Such as `cpu` or `cuda`.
-        fast: Find the subspaces that are only projected on about twice as fast; see `lorax.linalg.leading_subspace`.
         cache: Where results are kept from one time to the next; None keeps nothing.
     """
 
     device: str = "cpu"
-    fast: bool = False
     cache: Cache | None = None
 
     def weight(self, base: Base, name: str) -> Tensor:
@@ -59,8 +57,8 @@ class Engine:
         return self._subspace(base, name, rank, "exact")
 
     def subspace(self, base: Base, name: str, rank: int) -> Subspace:
-        """Return the leading subspaces of a layer of a base, for what needs only the projectors on them."""
-        return self._subspace(base, name, rank, "fast" if self.fast else "exact")
+        """Return `lorax.linalg.leading_subspace` of a layer of a base: about twice as fast, for projectors only."""
+        return self._subspace(base, name, rank, "fast")
 
     @property
     def version(self) -> tuple[object, ...]:

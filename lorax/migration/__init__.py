@@ -1,6 +1,5 @@
 """Moving a whole library of adapters to another base: a job that survives interruption, bad files and dead workers."""
 
-from .job import Options as Options
 from .job import Task as Task
 from .job import input_files as input_files
 from .job import plan_folder as plan_folder

@@ -1,8 +1,8 @@
 """A migration on Ray: scheduling, retries, transport and the sharing of subspaces are Ray's.
 
 The files (bases, adapters, the output folder) lie where every machine of the cluster sees them under the same path.
-For each pair of bases one adapter, the largest, is moved for trial with empty subspaces: that tells which ones are
-needed, and how the layers are paired. The subspaces then are tasks, whose results all adapters share.
+For each pair of bases one adapter, the largest, is planned: that tells which subspaces are needed, and how layers are
+paired. The subspaces then are tasks, whose results all adapters share.
 """
 
 import logging
@@ -22,34 +22,23 @@ from ray.exceptions import RayError
 from ..adapters import load_adapter
 from ..compare.matching import Assignment
 from ..compute.cache import open_cache
-from ..compute.engine import Engine, packed, unpacked
+from ..compute.engine import Engine, or_on_cpu, packed, unpacked
 from ..errors import LoraxError
 from ..linalg import Subspace
 from ..models.base import Base
-from .job import Options, Task
+from ..options import TransferOptions
+from ..transfer.plan import Piece
+from ..transfer.run import pieces, prepared
+from .job import Task
 from .local import ONE, largest_of_each
-from .work import Record, move, opened, transferred
+from .work import Record, move, opened
 
 # Tasks handed to Ray at a time, for each core: enough that none waits, and the queue stays short.
 AHEAD = 3
 # How often a task is tried again when its process or its machine is lost: Ray's own default.
 RETRIES = 3
-# A subspace: base file, layer, rank, `exact` or `fast`.
-Piece = tuple[str, str, int, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Recording(Engine):
-    """An engine that gives empty subspaces and notes which were asked for."""
-
-    asked: list[tuple[Base, str, int, str]] = field(default_factory=list[tuple[Base, str, int, str]])
-
-    def _subspace(self, base: Base, name: str, rank: int, accuracy: str) -> Subspace:
-        self.asked.append((base, name, rank, accuracy))
-        m, n = base.layers[name].matrix_shape
-        r = min(m, n, rank)
-        U, S, Vh = (torch.zeros(*shape, device=self.device) for shape in ((m, r), (r,), (r, n)))
-        return Subspace(U, S, Vh)
+# A subspace: base file, layer, rank, whether it may be the fast one.
+Part = tuple[str, str, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +46,14 @@ class _Sharing(Engine):
     """An engine that takes subspaces from the object store, and computes those that are not there."""
 
     files: tuple[str, str] = ("", "")
-    pieces: Mapping[Piece, Any] = field(default_factory=dict[Piece, Any])
+    pieces: Mapping[Part, Any] = field(default_factory=dict[Part, Any])
 
     def _subspace(self, base: Base, name: str, rank: int, accuracy: str) -> Subspace:
         for file in self.files:
-            if opened(file) is base and (reference := self.pieces.get((file, name, rank, accuracy))) is not None:
+            if (
+                opened(file) is base
+                and (reference := self.pieces.get((file, name, rank, accuracy == "fast"))) is not None
+            ):
                 try:
                     found: Any = ray.get(reference)
                     return unpacked(memoryview(found), self.device)
@@ -70,25 +62,28 @@ class _Sharing(Engine):
         return Engine._subspace(self, base, name, rank, accuracy)
 
 
-def _survey(task: Task, device: str, cached: bool) -> tuple[list[Piece], Assignment | None]:
+def _survey(task: Task, device: str, cached: bool) -> tuple[list[Part], Assignment | None]:
     """Return the subspaces that a task needs, and the pairs of layers with their scores."""
     torch.set_num_threads(ONE)
-    engine = _Recording(device, task.options.fast, open_cache() if cached else None)
+    source, target = opened(task.source), opened(task.target)
+
+    def surveyed(engine: Engine) -> tuple[list[Piece], Assignment]:
+        plan, scores = prepared(load_adapter(task.adapter, source), source, target, task.options, engine=engine)
+        return pieces(plan, scores, engine), replace(plan.assignment, scores=scores)
+
     try:
-        _, report = transferred(load_adapter(task.adapter, opened(task.source)), task, engine)
+        found, assignment = or_on_cpu(surveyed, Engine(device, open_cache() if cached else None))
     except LoraxError:  # it will be said when the task is done in earnest
         return [], None
-    scores = {(row.source, row.target): (row.left, row.right) for row in report.rows}
-    files = {id(opened(file)): file for file in (task.source, task.target)}
-    pieces = [(files[id(base)], name, rank, accuracy) for base, name, rank, accuracy in engine.asked]
-    return list(dict.fromkeys(pieces)), replace(report.assignment, scores=scores)
+    return [(task.target if p.of_target else task.source, p.layer, p.rank, p.fast) for p in found], assignment
 
 
-def _subspace(piece: Piece, device: str, cached: bool) -> Any:
+def _subspace(piece: Part, device: str, cached: bool) -> Any:
     torch.set_num_threads(ONE)
-    file, name, rank, accuracy = piece
-    engine = Engine(device, accuracy == "fast", open_cache() if cached else None)
-    return np.frombuffer(packed(engine.subspace(opened(file), name, rank)), np.uint8)
+    file, name, rank, fast = piece
+    engine = Engine(device, open_cache() if cached else None)
+    space = (engine.subspace if fast else engine.triplets)(opened(file), name, rank)
+    return np.frombuffer(packed(space), np.uint8)
 
 
 def _move(
@@ -96,13 +91,13 @@ def _move(
     folder: str,
     previous: Record | None,
     assignment: Assignment | None,
-    pieces: Mapping[Piece, Any],
+    pieces: Mapping[Part, Any],
     device: str,
     cached: bool,
 ) -> Record:
     torch.set_num_threads(ONE)
     cache = open_cache() if cached else None
-    engine = _Sharing(device, task.options.fast, cache, (task.source, task.target), pieces)
+    engine = _Sharing(device, cache, (task.source, task.target), pieces)
     return move(task, folder, previous, engine, assignment)
 
 
@@ -136,8 +131,8 @@ def run_ray(
     try:
         words = engine.device, engine.cache is not None
         survey, subspace, work = (_remote(function, gpu_share) for function in (_survey, _subspace, _move))
-        assignments: dict[tuple[str, str, Options], Any] = {}
-        pieces: dict[Piece, Any] = {}
+        assignments: dict[tuple[str, str, TransferOptions], Any] = {}
+        pieces: dict[Part, Any] = {}
         for task, asked in {task: survey.remote(task, *words) for task in largest_of_each(tasks)}.items():
             needed, assignment = _result(asked) or ([], None)
             assignments[task.source, task.target, task.options] = ray.put(assignment)

@@ -2,43 +2,19 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from ..adapters.config import read_files
 from ..errors import FileError, FormatError, LoraxError, OptionError
 from ..files import toml
 from ..models.base import open_base
-from ..options import DORA, DTYPES, FORMATS, LORA_RANK, MATCHINGS, METHODS, NAMINGS, THRESHOLD
+from ..options import DEFAULTS, TransferOptions
 from .find import find
 
-CHOICES = {
-    "method": METHODS,
-    "matching": MATCHINGS,
-    "dora": DORA,
-    "format": FORMATS,
-    "naming": NAMINGS,
-    "dtype": DTYPES,
-}
 MANIFEST = 'a [[move]] has adapters = "pattern", source = "file", target = "file", and options of a transfer'
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The options of `lorax.transfer_adapter` and `lorax.save_adapter`, by the names of the command line."""
-
-    method: str = "auto"
-    rank: int | None = None
-    lora_rank: int = LORA_RANK
-    threshold: float = THRESHOLD
-    matching: str = "auto"
-    dora: str = "direction"
-    format: str = "lora"
-    naming: str = "keep"
-    dtype: str = "keep"
-    fast: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +37,12 @@ class Task:
     output: str
     source: str
     target: str
-    options: Options = Options()
+    options: TransferOptions = DEFAULTS
 
 
-def plan_folder(folder: Path, source: Path, target: Path, options: Options, without: Path | None = None) -> list[Task]:
+def plan_folder(
+    folder: Path, source: Path, target: Path, options: TransferOptions, without: Path | None = None
+) -> list[Task]:
     """Return a task for every safetensors file below a folder, in the order of their names.
 
     What cannot be looked into has a task too, which will fail: a folder that cannot be read, a link to a folder
@@ -88,7 +66,7 @@ def plan_folder(folder: Path, source: Path, target: Path, options: Options, with
     return _named([_task(folder, file, source, target, options) for file in found])
 
 
-def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path | None = None) -> list[Task]:
+def plan_manifest(manifest: Path, folder: Path, options: TransferOptions, without: Path | None = None) -> list[Task]:
     """Return the tasks that a manifest describes: TOML, a list of `[[move]]`.
 
     A move has `adapters`, a file or a pattern below the folder; `source` and `target`, relative to the manifest; and
@@ -101,7 +79,7 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
         OptionError: A move has an option that does not exist or is of the wrong type.
     """
     apart = {_real(without)} if without else set[Path]()
-    planned: list[tuple[str, str, Path, Path, Options]] = []
+    planned: list[tuple[str, str, Path, Path, TransferOptions]] = []
     for number, move in enumerate(_moves(manifest), 1):
         place = f"{manifest}, move {number}"
         given: dict[str, Any] = dict(cast("dict[str, Any]", move)) if isinstance(move, dict) else {}
@@ -115,7 +93,10 @@ def plan_manifest(manifest: Path, folder: Path, options: Options, without: Path 
             apart |= {_real(source), _real(target)}
         except (ValueError, OSError) as error:
             raise FormatError("a path that cannot be a file's", f"{place}: {error}", MANIFEST) from error
-        planned.append((place, pattern, source, target, replace(options, **_options(given, place))))
+        try:
+            planned.append((place, pattern, source, target, options.changed(given)))
+        except OptionError as error:
+            raise OptionError(error.what, f"{place}: {error.got}", error.fix) from error
     tasks: list[Task] = []
     for place, pattern, source, target, changed in planned:
         try:
@@ -155,28 +136,6 @@ def _base_files(base: Path) -> list[Path]:
         return [base, *find(base, "**/*.safetensors")[0]]
 
 
-def check_options(options: Options) -> None:
-    """Refuse a choice that does not exist, before any work is done.
-
-    Raises:
-        OptionError: There is one.
-    """
-    for name, choices in CHOICES.items():
-        if (given := getattr(options, name)) not in choices:
-            raise OptionError(f"unknown {name}", str(given), f"choose one of {', '.join(choices)}")
-
-
-def _options(given: Mapping[str, Any], place: str) -> dict[str, Any]:
-    known = {field.name: field.type for field in fields(Options)}
-    for name, value in given.items():
-        if name not in known:
-            raise OptionError("an option that does not exist", f"{place}: {name}", f"known are {', '.join(known)}")
-        wanted: Any = get_args(known[name]) or (known[name],)
-        if type(value) not in wanted and not (float in wanted and type(value) is int):
-            raise OptionError("an option of the wrong type", f"{place}: {name} = {value!r}", "see lorax migrate --help")
-    return dict(given)
-
-
 def _below(folder: Path, pattern: str, apart: set[Path]) -> list[Path]:
     """Return the safetensors files that a pattern finds, and the folders that it cannot look into.
 
@@ -195,8 +154,7 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve raises where links lead in a circle
 
 
-def _task(folder: Path, file: Path, source: Path, target: Path, options: Options) -> Task:
-    check_options(options)
+def _task(folder: Path, file: Path, source: Path, target: Path, options: TransferOptions) -> Task:
     name = file.relative_to(folder).as_posix()
     return Task(str(file.absolute()), name, name, str(source.absolute()), str(target.absolute()), options)
 

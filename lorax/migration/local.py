@@ -16,7 +16,8 @@ import torch
 
 from ..compute.cache import open_cache
 from ..compute.engine import Engine
-from .job import Options, Task
+from ..options import TransferOptions
+from .job import Task
 from .work import Record, move
 
 # Threads of a process, for any number of processes: the last bits of a result depend on it.
@@ -69,7 +70,7 @@ def _stages(tasks: Sequence[Task]) -> list[list[Task]]:
 
 def largest_of_each(tasks: Sequence[Task]) -> list[Task]:
     """Return the largest adapter of each pair of bases and options: it needs the most of what the others need too."""
-    first: dict[tuple[str, str, Options], Task] = {}
+    first: dict[tuple[str, str, TransferOptions], Task] = {}
     for task in sorted(tasks, key=_size, reverse=True):
         first.setdefault((task.source, task.target, task.options), task)
     return list(first.values())
@@ -154,5 +155,5 @@ def _end_with_parent() -> None:
 
 
 def _work(task: Task, previous: Record | None, folder: str, device: str, cached: bool) -> Record:
-    engine = Engine(device, task.options.fast, open_cache() if cached else None)
+    engine = Engine(device, open_cache() if cached else None)
     return move(task, folder, previous, engine)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..compute.engine import CPU, Engine
 from ..errors import OptionError, OutputError
 from ..files.output import file_id
-from ..options import RUNS
+from ..options import Run, choice
 from ..progress import Progress, silent
 from ..version import __version__
 from .job import Task, input_files
@@ -81,13 +81,12 @@ def migrate(
         OutputError: The output folder is in use, holds a migration without `resume`, or cannot be written; or an output
             is one of the inputs.
     """
-    if run not in RUNS:
-        raise OptionError("unknown engine", run, f"choose one of {', '.join(RUNS)}")
+    run = choice(Run, run)
     if workers is not None and workers < 1:
         raise OptionError("too few workers", str(workers), "give a number from 1")
     if not 0 <= gpu_share < math.inf:
         raise OptionError("a share of a GPU is a number from 0", str(gpu_share), "give for example 0.25")
-    if run == "ray" and find_spec("ray") is None:
+    if run is Run.ray and find_spec("ray") is None:
         fix = "pip install ray, or choose the engine local"
         raise OptionError("the engine ray needs Ray", "it is not installed", fix)
     _check_outputs(output_files(tasks, output), [*input_files(tasks), *inputs])
@@ -141,7 +140,7 @@ def _twins(tasks: Sequence[Task]) -> dict[str, Record]:
 
 
 def _records(
-    run: str,
+    run: Run,
     tasks: Sequence[Task],
     output: Path,
     journal: Journal,
@@ -149,7 +148,7 @@ def _records(
     engine: Engine,
     gpu_share: float,
 ) -> Generator[Record]:
-    if run == "ray":
+    if run is Run.ray:
         from .cluster import run_ray
 
         return run_ray(tasks, output, journal.records, workers, engine, gpu_share)

@@ -10,9 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
-from ..adapters import Adapter, load_adapter, save_adapter
+from ..adapters import load_adapter, save_adapter
 from ..adapters.config import read_files
 from ..compare.matching import Assignment
 from ..compute.engine import Engine, or_on_cpu
@@ -21,7 +19,6 @@ from ..files.longpath import on_disk
 from ..files.output import make_folder
 from ..files.tensorfile import file_hash, file_state
 from ..models.base import Base, open_base
-from ..transfer.report import TransferReport
 from ..transfer.run import transfer_adapter
 from ..version import __version__
 from .job import Task
@@ -103,12 +100,14 @@ def _move(task: Task, folder: Path, previous: Record | None, engine: Engine, ass
         return replace(previous, status="kept")
     adapter = load_adapter(file, source)
     read = time.perf_counter()
-    moved, report = transferred(adapter, task, engine, assignment)
+    moved, report = or_on_cpu(
+        lambda engine: transfer_adapter(adapter, source, target, options, assignment=assignment, engine=engine), engine
+    )
     finished = time.perf_counter()
     if _state([*source.files, *target.files, *own]) != used:
         raise _changed(task)
     make_folder(path.parent)
-    save_adapter(moved, path, naming=options.naming, inputs=[file])
+    save_adapter(moved, path, inputs=[file])
     written = file_hash(path)
     times = [round(value, 4) for value in (read - start, finished - read, time.perf_counter() - finished)]
     share = report.retained_norm
@@ -162,31 +161,6 @@ def _refuse(folder: Path) -> NoReturn:
         fix = "change its permissions, then go on with --resume"
         raise FileError("cannot read a folder", f"{folder}: {error.strerror}", fix) from error
     raise FileError("links to folders are not followed", str(folder), "migrate the folder that it leads to by itself")
-
-
-def transferred(
-    adapter: Adapter, task: Task, engine: Engine, assignment: Assignment | None = None
-) -> tuple[Adapter, TransferReport]:
-    """Return `lorax.transfer_adapter` with the bases and the options of a task."""
-    options = task.options
-    return or_on_cpu(
-        lambda engine: transfer_adapter(
-            adapter,
-            opened(task.source),
-            opened(task.target),
-            method=options.method,
-            rank=options.rank,
-            lora_rank=options.lora_rank,
-            threshold=options.threshold,
-            matching=options.matching,
-            assignment=assignment,
-            dora=options.dora,
-            output_format=options.format,
-            dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
-            engine=engine,
-        ),
-        engine,
-    )
 
 
 @lru_cache(maxsize=4)

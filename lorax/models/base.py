@@ -97,8 +97,7 @@ class Base:
         """Return the weight that a layer, or a fused weight taken as one layer, has here; None if it is not here."""
         import torch
 
-        parts = [self.layers[layer.name]] if layer.name in self.layers else []
-        parts = parts or (self.layers.find(layer.component, layer.original) if layer.original else [])
+        parts = self.layers.parts_of(layer)
         return torch.cat([self.weight(part.name, device) for part in parts]) if parts else None
 
     def digest(self, name: str) -> str:

@@ -150,6 +150,15 @@ class LayerTable(Mapping[str, Layer]):
     def __len__(self) -> int:
         return len(self._layers)
 
+    def parts_of(self, layer: Layer) -> list[Layer]:
+        """Return what a layer is here: itself, the parts of a fused weight in row order, or nothing.
+
+        A layer of another table that stands for a whole fused weight has the original name of it.
+        """
+        if layer.name in self._layers:
+            return [self._layers[layer.name]]
+        return self.find(layer.component, layer.original) if layer.original else []
+
     def find(self, component: str, path: str) -> list[Layer]:
         """Return the layers that `path` (dotted or flattened, diffusers or original) names.
 

@@ -1,15 +1,60 @@
 """The transfer methods: how an update `B A` of a source layer becomes one of the target layer.
 
+A method is a function here, an entry of `METHODS` and a word in `lorax.options.Method`.
 `B [m, k]`, `A [k, n]` are the source's factors, `s` and `t` the leading singular triplets of source and target. Each
 method returns factors of the same rank and forms no `[m, n]` product. docs/method.md says when to use which.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
 
 from ..linalg import Subspace, back, polar, recompress, to_exact, triplets
+from ..options import Method
 
 Factors = tuple[Tensor, Tensor]
+
+
+class Needs(Enum):
+    """What a method is given beside the factors of an update."""
+
+    NOTHING = auto()
+    """Nothing: the update itself is the result, whatever its kind."""
+    WEIGHTS = auto()
+    """The weights of source and target, `[m, n]`."""
+    TARGET = auto()
+    """The leading singular triplets of the target."""
+    BOTH = auto()
+    """Those of the source and of the target."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferMethod:
+    """A way to move an update.
+
+    Attributes:
+        name: What it is called.
+        apply: `(B, A, *what it needs) -> B, A`, on the target.
+        needs: What it needs.
+        resizes: Whether it moves to a layer of another size.
+        only_projects: Whether it needs subspaces, not single singular vectors: those can be had faster.
+        leaves_out: Whether it leaves out on purpose what the target does already, so that a lower norm is no loss.
+    """
+
+    name: Method
+    apply: Callable[..., Factors]
+    needs: Needs
+    resizes: bool = False
+    only_projects: bool = False
+    leaves_out: bool = False
+
+
+def copy(B: Tensor, A: Tensor) -> Factors:
+    """Leave the update as it is."""
+    return B, A
 
 
 def project(B: Tensor, A: Tensor, t: Subspace) -> Factors:
@@ -78,3 +123,16 @@ def orthogonal(B: Tensor, A: Tensor, W_s: Tensor, W_t: Tensor) -> Factors:
 
 def _same_sizes(s: Subspace, t: Subspace) -> tuple[bool, bool]:
     return s.U.shape[0] == t.U.shape[0], s.Vh.shape[1] == t.Vh.shape[1]
+
+
+METHODS: dict[str, TransferMethod] = {
+    method.name: method
+    for method in (
+        TransferMethod(Method.copy, copy, Needs.NOTHING),
+        TransferMethod(Method.orthogonal, orthogonal, Needs.WEIGHTS, leaves_out=True),
+        TransferMethod(Method.project, project, Needs.TARGET, only_projects=True),
+        TransferMethod(Method.subspace_null, subspace_null, Needs.BOTH, only_projects=True),
+        TransferMethod(Method.align, align, Needs.BOTH, resizes=True),
+        TransferMethod(Method.by_index, index, Needs.BOTH, resizes=True),
+    )
+}

@@ -12,6 +12,7 @@ from ..compare.similarity import Similarity
 from ..errors import OptionError
 from ..models.layers import Layer
 from ..options import Choice
+from .methods import METHODS
 from .notes import Code, Note
 
 SCHEMA_VERSION = 2
@@ -111,8 +112,9 @@ class Row:
 
     @property
     def wanted_norm(self) -> float:
-        """`source_norm`, less what `orthogonal` left out because the target does it already."""
-        left_out = self.method == "orthogonal" and self.outcome is Outcome.TRANSFERRED and not self.rank
+        """`source_norm`, less what the method left out because the target does it already."""
+        method = METHODS.get(self.method)
+        left_out = method and method.leaves_out and self.outcome is Outcome.TRANSFERRED and not self.rank
         return self.target_norm if left_out else self.source_norm
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from table_expected import difference, joined, predicted, worst
 from table_kinds import KINDS, dense
 from table_models import randomness
 
-from lorax import Outcome, load_adapter, save_adapter, transfer_adapter
+from lorax import Outcome, TransferOptions, load_adapter, save_adapter, transfer_adapter
 from lorax.adapters.dora import per_output
 
 VECTOR_ROLES = {"weight": "w_norm", "bias": "diff_b"}
@@ -70,7 +70,9 @@ def _measure(cell, number, kind, pair, units):
     formula = joined(pair.before, [(unit.parameter, unit.rows, update) for unit, update in updates])
     cell.read = difference(_assembled(adapter, pair.source, pair.before), formula)
     for way, options in _ways(kind, pair).items():
-        moved, report = transfer_adapter(adapter, pair.source, pair.target, assignment=pair.assignment, **options)
+        moved, report = transfer_adapter(
+            adapter, pair.source, pair.target, TransferOptions(**options), assignment=pair.assignment
+        )
         lost = [row for row in report.rows if row.outcome is not Outcome.TRANSFERRED]
         cell.faults += [f"{way}: {row.source}: {row.outcome} {row.note}" for row in lost]
         ours = _assembled(moved, pair.target, pair.after)
@@ -93,7 +95,7 @@ def _ways(kind, pair):
     """Return the ways to move an adapter: name -> options of `transfer_adapter`."""
     ways = {"copy": {"method": "copy"}, "project": {"method": "project", "rank": pair.rank, "lora_rank": pair.rank}}
     if kind.label == "LoRA-X":
-        ways["lora-x"] = ways["project"] | {"output_format": "lora-x"}
+        ways["lora-x"] = ways["project"] | {"format": "lora-x"}
     return ways
 
 

@@ -211,7 +211,7 @@ def test_a_model_of_no_known_family_works_by_its_own_names(pack, tmp_path):
         tensors |= {f"{spelling}.lora_up.weight": torch.randn(m, 2), f"{spelling}.lora_down.weight": torch.randn(2, 8)}
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = pack.lorax.load_adapter(tmp_path / "a.safetensors", source)
-    moved, report = pack.lorax.transfer_adapter(adapter, source, target, threshold=-9)
+    moved, report = pack.lorax.transfer_adapter(adapter, source, target, pack.lorax.TransferOptions(threshold=-9))
     assert report.arrived == len(report.rows) == 2
     patched, _, missing = pack.host.apply_adapter(models[1], None, moved, 1.0)
     assert not missing
@@ -240,7 +240,7 @@ def test_the_dense_update_is_the_one_that_the_host_computes(pack, model, lora, c
         lorax.save_adapter(adapter, tmp_path / "d.safetensors", naming="diffusers")
         adapter = lorax.load_adapter(tmp_path / "d.safetensors", base)
     elif kind == "transferred":
-        adapter, _ = lorax.transfer_adapter(adapter, base, base, method="project", rank=100)
+        adapter, _ = lorax.transfer_adapter(adapter, base, base, pack.lorax.TransferOptions(method="project", rank=100))
     elif kind == "lora-x":
         adapter = lorax.convert_to_lora(lorax.convert_to_lora_x(adapter, base, rank=32)[0], base)
     lorax.save_adapter(adapter, tmp_path / "out.safetensors", naming="kohya")
@@ -280,8 +280,8 @@ def test_a_transfer_on_a_gpu_is_that_on_the_cpu(pack, model, lora, is_full):
 
     def work(engine, progress):
         used.append(engine.device)
-        options = {"method": "project", "rank": 64, "engine": engine}
-        return pack.lorax.transfer_adapter(adapter, base, base, progress=progress, **options)[0]
+        options = pack.lorax.TransferOptions(method="project", rank=64)
+        return pack.lorax.transfer_adapter(adapter, base, base, options, engine=engine, progress=progress)[0]
 
     expected = work(pack.lorax.Engine(), lambda *_: None)
     torch.cuda.empty_cache()
@@ -318,7 +318,7 @@ def test_the_work_of_the_nodes_on_a_device_without_float64(pack, model, lora, al
     def work(engine, progress):
         used.append(engine.device)
         moved, _ = pack.lorax.transfer_adapter(
-            adapter, base, base, method=method, rank=64, engine=engine, progress=progress
+            adapter, base, base, pack.lorax.TransferOptions(method=method, rank=64), engine=engine, progress=progress
         )
         if fails and engine.device != "cpu":
             alone.failures.append(RuntimeError("the driver is gone\nfor good"))

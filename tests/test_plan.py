@@ -1,0 +1,84 @@
+"""What a plan says before anything is moved is what a transfer then does."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from lorax import Engine, Outcome, TransferOptions, load_adapter
+from lorax.options import Format, Method
+from lorax.transfer.plan import Piece
+from lorax.transfer.run import pieces, prepared, run
+from tests import every_kind as every
+
+SAID = [f"{method} {form}{' fast' * fast}" for method in Method for form in Format for fast in (False, True)]
+OPTIONS = [
+    TransferOptions(method=method, format=form, rank=6, lora_rank=4, fast=fast)
+    for method in Method
+    for form in Format
+    for fast in (False, True)
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Engine):
+    """An engine that keeps which decompositions it was asked for."""
+
+    asked: set = field(default_factory=set)
+
+    def _subspace(self, base, name, rank, accuracy):
+        self.asked.add(Piece(base.name.startswith("target"), name, rank, accuracy == "fast"))
+        return Engine._subspace(self, base, name, rank, accuracy)
+
+
+def unreadable(base):
+    def read(layer):
+        raise AssertionError(f"{layer.name} was read")
+
+    return replace(base, read=read)
+
+
+@pytest.fixture
+def adapter(lora_file, bases):
+    return load_adapter(lora_file, bases[0])
+
+
+@pytest.fixture(scope="module")
+def fluxes(tmp_path_factory):
+    return every.flux_bases(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=SAID)
+def test_a_transfer_asks_for_the_decompositions_of_its_plan_and_no_others(adapter, bases, options):
+    plan, scores = prepared(adapter, *bases, options)
+    needed = pieces(plan, scores, Engine())
+    engine = Asked()
+    run(plan, scores, engine=engine)
+    assert engine.asked == set(needed)
+    assert len(needed) == len(set(needed))
+
+
+@pytest.mark.parametrize("options", OPTIONS[::4], ids=SAID[::4])
+def test_the_kinds_that_are_not_thin_too(options, fluxes):
+    source, target = fluxes
+    for update in (*every.kinds(source.layers[every.NAME]).values(), *every.kinds(every.QKV).values()):
+        plan, scores = prepared(every.adapter_of(update), source, target, options)
+        engine = Asked()
+        run(plan, scores, engine=engine)
+        assert engine.asked == set(pieces(plan, scores, Engine())), update.kind
+
+
+@pytest.mark.parametrize("threshold", [-9, 0.9, 0.98])
+def test_what_is_not_alike_needs_nothing(adapter, bases, threshold):
+    plan, scores = prepared(adapter, *bases, TransferOptions(method="project", rank=6, threshold=threshold))
+    needed = {piece.layer for piece in pieces(plan, scores, Engine())}
+    _, report = run(plan, scores)
+    assert needed == {row.target for row in report.rows if row.outcome is Outcome.TRANSFERRED}
+
+
+def test_a_plan_of_bases_of_one_depth_reads_no_weight(adapter, bases):
+    plan, _ = prepared(adapter, *map(unreadable, bases), TransferOptions(method="project"))
+    real, scores = prepared(adapter, *bases, TransferOptions(method="project"))
+    assert [step.row for step in plan.steps] == [step.row for step in real.steps]
+    _, report = run(real, scores)
+    told = [(step.row.source, step.row.target, step.row.method) for step in plan.steps]
+    assert told == [(row.source, row.target, row.method) for row in report.rows]
