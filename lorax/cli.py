@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import bar, plain, png, print_migration, print_report, print_similarity, say, warn
+from .console import bar, plain, png, print_migration, print_plan, print_report, print_similarity, say, warn
 from .entry import run
 from .errors import FileError, OptionError, printable
 from .options import LORA_RANK, RANK, Choice, DType, Format, Naming, Run, TransferOptions
@@ -52,6 +52,9 @@ TargetOption = Annotated[Path, typer.Option("--target", help=f"Base that it shal
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to write; an older one is replaced.")]
 NamingOption = Annotated[Naming, typer.Option(help="Spelling of the layers in the result.")]
 DTypeOption = Annotated[DType, typer.Option(help="Storage of the result.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done; no weight is read but to pair blocks.")
+]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write a page to look at in a browser.")]
 CacheOption = Annotated[
@@ -83,9 +86,8 @@ def _option_parameters() -> list[Parameter]:
     found: list[Parameter] = []
     for option in fields(TransferOptions):
         spelled = f"--{option.name.replace('_', '-')}"  # told, so that a switch gets no --no-...
-        said = {"help": option.metadata["help"], "rich_help_panel": "How it is moved"}
-        shown = option.metadata.get("shown")
-        info = typer.Option(spelled, **said, **({} if shown is None else {"show_default": str(shown)}))
+        text, shown = option.metadata["help"], option.metadata.get("shown", True)
+        info = typer.Option(spelled, help=text, show_default=shown, rich_help_panel="How it is moved")
         kind = Parameter.POSITIONAL_OR_KEYWORD
         found.append(Parameter(option.name, kind, default=option.default, annotation=Annotated[option.type, info]))
     return found
@@ -191,6 +193,7 @@ def transfer(
     html_file: HtmlOption = None,
     device: DeviceOption = Device.auto,
     cache: CacheOption = True,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Move an adapter from its source base to a target base."""
     from .adapters import load_adapter, save_adapter
@@ -199,13 +202,23 @@ def transfer(
     from .files.output import write_bytes
     from .models.base import open_base
     from .show.page import page
-    from .transfer.run import transfer_adapter
+    from .transfer.run import prepared, transfer_adapter
 
     base_s, base_t = open_base(source), open_base(target)
     inputs = [adapter, *([assignment_file] if assignment_file else [])]
     _check_outputs([output, report_file, png_file, html_file, save_assignment], base_s, base_t, *inputs)
     assignment = load_assignment(assignment_file, base_s, base_t) if assignment_file else None
     loaded = load_adapter(adapter, base_s)
+    if dry_run:
+        with bar("planning") as progress:
+            plan, _ = or_on_cpu(
+                lambda engine: prepared(
+                    loaded, base_s, base_t, options, assignment=assignment, engine=engine, progress=progress
+                ),
+                _engine(device, cache),
+            )
+        print_plan(plan)
+        return
     with bar("transferring") as progress:
         result, report = or_on_cpu(
             lambda engine: transfer_adapter(
@@ -245,9 +258,11 @@ def migrate(
     report_file: Annotated[Path | None, typer.Option("--report", help="Write what became of each as JSON.")] = None,
     device: DeviceOption = Device.auto,
     cache: CacheOption = True,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Move a whole library of adapters; interrupted, it goes on where it was. Status 1 if any adapter failed."""
     from .files.output import check_output, write_bytes
+    from .migration import dry_run as planned
     from .migration import input_files, output_files, plan_folder, plan_manifest
     from .migration import migrate as migrated
 
@@ -258,6 +273,12 @@ def migrate(
     else:
         fix = "give --source and --target, or --manifest"
         raise OptionError("the bases are missing, or given twice", "see --source, --target, --manifest", fix)
+    if dry_run:
+        failed = 0
+        for task, said, can_be in planned(tasks, engine=_engine(device, cache)):
+            failed += not can_be
+            say.print(printable(f"{task.name} -> {task.output}: {said}"), soft_wrap=True)
+        raise typer.Exit(1 if failed else 0)
     inputs = [manifest] if manifest else []
     if report_file:
         check_output(report_file, [*input_files(tasks), *inputs], output_files(tasks, output))

@@ -19,6 +19,7 @@ from .progress import Progress, silent
 if TYPE_CHECKING:
     from .compare.similarity import Similarity
     from .migration import Summary
+    from .transfer.plan import Plan
     from .transfer.report import TransferReport
 
 # What is printed comes from files: no markup and no emoji is read in it.
@@ -99,6 +100,15 @@ def print_migration(summary: "Summary") -> None:
     if weak:
         warn(f"{len(weak)} with a warning, such as {printable(weak[0].name)}:")
         tell.print(printable(weak[0].warnings[0]))
+
+
+def print_plan(plan: "Plan") -> None:
+    """Print what a transfer would do: a line for every step, then their count."""
+    for row in (step.row for step in plan.steps):
+        said = ", ".join(filter(None, (row.method or row.outcome, row.note)))
+        say.print(printable(f"{row.source} -> {row.target or 'nowhere'}: {said}"), soft_wrap=True)
+    for line in (*plan.assignment.summary, plan.summary):
+        say.print(line)
 
 
 def _mean(values: list[float]) -> str:

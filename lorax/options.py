@@ -135,7 +135,8 @@ class TransferOptions:
         default=Method.auto, metadata={"help": "auto: orthogonal, and align where the size changes."}
     )
     rank: int | None = field(
-        default=None, metadata={"help": "Singular directions that make a weight's leading subspace.", "shown": RANK}
+        default=None,
+        metadata={"help": "Singular directions that make a weight's leading subspace.", "shown": str(RANK)},
     )
     threshold: float = field(
         default=THRESHOLD, metadata={"help": "A layer gets an update above this corrected similarity."}

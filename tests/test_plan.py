@@ -1,5 +1,6 @@
 """What a plan says before anything is moved is what a transfer then does."""
 
+import json
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -82,3 +83,30 @@ def test_a_plan_of_bases_of_one_depth_reads_no_weight(adapter, bases):
     _, report = run(real, scores)
     told = [(step.row.source, step.row.target, step.row.method) for step in plan.steps]
     assert told == [(row.source, row.target, row.method) for row in report.rows]
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run, lora_file, bases, tmp_path):
+    files = [lora_file, "--source", bases[0].files[0], "--target", bases[1].files[0], "--no-cache"]
+    out = tmp_path / "out.safetensors"
+    said, _ = run("transfer", *files, "-o", out, "--report", tmp_path / "report.json", "--dry-run", "--method", "align")
+    assert not list(tmp_path.iterdir())
+    run("transfer", *files, "-o", out, "--report", tmp_path / "report.json", "--method", "align")
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    *lines, count = said.splitlines()
+    assert lines == [f"{row['source']} -> {row['target']}: {row['method']}" for row in rows]
+    assert count == f"{len(rows)} of {len(rows)} layers would be moved; {len(rows)} align"
+
+
+def test_a_dry_run_of_a_library_names_what_will_fail(run, library, bases, tmp_path):
+    words = ["migrate", library, "-o", tmp_path / "out", "--source", bases[0].files[0], "--target", bases[1].files[0]]
+    said, _ = run(*words, "--dry-run", "--no-cache", status=1)
+    assert not list(tmp_path.iterdir())
+    run(*words, "--no-cache", "--workers", 1, "--report", tmp_path / "report.json", status=1)
+    records = json.loads((tmp_path / "report.json").read_text())["records"]
+    lines = dict(line.split(" -> ", 1) for line in said.splitlines())
+    assert lines.keys() == {record["name"] for record in records}
+    for record in records:
+        if record["status"] == "done":
+            assert f": {record['arrived']} of {record['layers']} layers would be moved" in lines[record["name"]]
+        else:
+            assert lines[record["name"]].endswith(record["error"])

@@ -10,15 +10,16 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
+from ..compare.matching import Assignment
 from ..compute.engine import CPU, Engine
-from ..errors import OptionError, OutputError
+from ..errors import LoraxError, OptionError, OutputError
 from ..files.output import file_id
 from ..options import Run, choice
 from ..progress import Progress, silent
 from ..version import __version__
 from .job import Task, input_files
 from .journal import JOURNAL, Journal
-from .work import Record
+from .work import Record, planned
 
 
 @dataclass(slots=True)
@@ -104,6 +105,28 @@ def migrate(
     finally:
         journal.close()
     return Summary([found[task.output] for task in tasks])
+
+
+def dry_run(
+    tasks: Sequence[Task], *, engine: Engine = CPU, progress: Progress = silent
+) -> Generator[tuple[Task, str, bool]]:
+    """Yield for every task what it would do, in a line, and whether it can be done; nothing is written.
+
+    Args:
+        tasks: What to do; see `plan_folder` and `plan_manifest`.
+        engine: How and where to compare the bases, once for each pair of them.
+        progress: Called with (done, total, adapter).
+    """
+    known: dict[tuple[str, str, str], Assignment] = {}
+    for done, task in enumerate(tasks, 1):
+        pair = task.source, task.target, task.options.matching
+        try:
+            plan = planned(task, engine, known.get(pair))
+            known[pair] = plan.assignment
+            yield task, plan.summary, True
+        except LoraxError as error:
+            yield task, str(error), False
+        progress(done, len(tasks), task.name)
 
 
 def output_files(tasks: Sequence[Task], output: Path) -> list[Path]:

@@ -19,7 +19,8 @@ from ..files.longpath import on_disk
 from ..files.output import make_folder
 from ..files.tensorfile import file_hash, file_state
 from ..models.base import Base, open_base
-from ..transfer.run import transfer_adapter
+from ..transfer.plan import Plan
+from ..transfer.run import prepared, transfer_adapter
 from ..version import __version__
 from .job import Task
 
@@ -161,6 +162,24 @@ def _refuse(folder: Path) -> NoReturn:
         fix = "change its permissions, then go on with --resume"
         raise FileError("cannot read a folder", f"{folder}: {error.strerror}", fix) from error
     raise FileError("links to folders are not followed", str(folder), "migrate the folder that it leads to by itself")
+
+
+def planned(task: Task, engine: Engine, assignment: Assignment | None) -> Plan:
+    """Return the plan of a task; of weights only those are read that pairing needs.
+
+    Args:
+        task: The task.
+        engine: How and where to compute.
+        assignment: The pairs of blocks, where they are known already.
+
+    Raises:
+        LoraxError: The adapter or a base cannot be read, or they do not belong together.
+    """
+    if os.path.isdir(task.adapter):
+        _refuse(Path(task.adapter))
+    source, target = opened(task.source), opened(task.target)
+    adapter = load_adapter(task.adapter, source)
+    return prepared(adapter, source, target, task.options, assignment=assignment, engine=engine)[0]
 
 
 @lru_cache(maxsize=4)

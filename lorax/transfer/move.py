@@ -80,19 +80,19 @@ class Mover:
     def _fused(self, step: Step) -> Move:
         """Copy an update of a whole fused weight."""
         update, targets = step.update, step.targets
-        weights = [
+        weight_s, weight_t = (
             torch.cat([self.engine.weight(base, part.name) for part in parts])
             for base, parts in ((self.source, step.sources), (self.target, targets))
-        ]
-        left, right = pair_scores(*weights)
-        row = replace(step.row, left=left, right=right, source_norm=update.norm(weights[0]))
+        )
+        left, right = pair_scores(weight_s, weight_t)
+        row = replace(step.row, left=left, right=right, source_norm=update.norm(weight_s))
         if row.corrected <= self.options.threshold:
             return replace(row, outcome=Outcome.BELOW_THRESHOLD, method=""), None
         moved = update.moved(Layer(row.target, update.layer.shape, targets[0].original), self.dtype)
         if "dora_scale" in update.parts():
-            moved = with_magnitude(moved, update.magnitude_on(*weights))
+            moved = with_magnitude(moved, update.magnitude_on(weight_s, weight_t))
         moved.check_finite()
-        return replace(row, target_norm=moved.norm(weights[1])), moved
+        return replace(row, target_norm=moved.norm(weight_t)), moved
 
     def _layer(self, step: Step, method: TransferMethod) -> Move:
         """Compare the two weights of a pair, and move the update."""

@@ -1,5 +1,6 @@
 """Which update goes where by which method, and what that needs: told from names and sizes, no weight is read."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,7 @@ from ..models.layers import Layer, Rows
 from ..options import Dora, Format, Method, TransferOptions
 from .methods import METHODS, Needs, TransferMethod
 from .notes import Code, Note
-from .report import Outcome, Row
+from .report import ARRIVED, Outcome, Row
 from .widened import shared_channels
 
 
@@ -75,6 +76,19 @@ class Plan:
     options: TransferOptions
     steps: list[Step]
 
+    @property
+    def summary(self) -> str:
+        """How many layers of the file would be moved by which method, and how many not for which reason."""
+        done = {step.row.source for step in self.steps if step.row.outcome in ARRIVED}
+        rows = [*(step.row for step in self.steps), *(Row(name, "", Outcome.UNREAD) for name in self.adapter.unread)]
+        ways = Counter(str(row.method or row.outcome) for row in rows if row.outcome in ARRIVED)
+        why = Counter(str(row.outcome) for row in rows if row.outcome not in ARRIVED)
+        said = [
+            f"{len(done)} of {len({row.source for row in rows})} layers would be moved",
+            *map(_counted, (ways, why)),
+        ]
+        return "; ".join(filter(None, said))
+
     def pieces(self, step: Step) -> list[Piece]:
         """Return the decompositions of whole layers that a step needs, if its layers are similar enough to move it."""
         method, update = step.method, step.update
@@ -91,6 +105,10 @@ class Plan:
         if method.needs is Needs.BOTH:
             found.append(Piece(False, source, self.options.subspace_rank, fast))
         return found
+
+
+def _counted(words: Counter[str]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in words.items())
 
 
 def plan_transfer(
