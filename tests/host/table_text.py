@@ -34,10 +34,10 @@ NOTES = {
     "by that of the changed one. The figure of **a** compares with ComfyUI's rule.",
     "DoRA, per input": "On a fused weight it is copied whole; projected, what the whole DoRA changes is moved, as a "
     "LoRA, for a column of a fused weight has one norm over all of its layers. ComfyUI adds 1.2e-7 to the norms.",
-    "FouRA": "Unknown to ComfyUI. Copied it stays a FouRA, which `nodes/host.py` applies as the LoRA that it is; "
+    "FouRA": "Unknown to ComfyUI. Copied it stays a FouRA, which `nodes/host/` applies as the LoRA that it is; "
     "projected it becomes a LoRA, which the stock loader reads.",
     "LoRA-X": "Unknown to ComfyUI. The transfer makes it a LoRA, which the stock loader reads; kept as LoRA-X, it is "
-    "made a LoRA by `lorax.adapters.convert.convert_to_lora` and applied by `nodes/host.py`. Both are measured.",
+    "made a LoRA by `lorax.adapters.convert.convert_to_lora` and applied by `nodes/host/`. Both are measured.",
 }
 STOCK = "stock loader"
 INTRODUCTION = """# Adapters and base models

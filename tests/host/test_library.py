@@ -1,4 +1,4 @@
-"""`nodes/host.py` and our adapters against ComfyUI's own library: the real ModelPatcher, LoRA loader and samplers.
+"""`nodes/host/` and our adapters against ComfyUI's own library: the real ModelPatcher, LoRA loader and samplers.
 
 The library is ComfyUI of November 2024 from the package registry. It has no server and no node API, so the pack's node
 classes are not imported here.
@@ -257,7 +257,7 @@ def test_the_dense_update_is_the_one_that_the_host_computes(pack, model, lora, c
 
 def test_out_of_gpu_memory_goes_on_with_the_cpu(pack, monkeypatch):
     """Without a GPU: the device is a name and the host's own error is raised on it."""
-    management, devices = pack.host.management, []
+    management, devices = pack.host.run.management, []
     monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(management, "free_memory", lambda size, device: None)  # asks the driver
 
@@ -336,7 +336,7 @@ def test_the_work_of_the_nodes_on_a_device_without_float64(pack, model, lora, al
 
 
 def test_cancel_on_a_device_is_not_taken_for_its_failure(pack, alone):
-    management = pack.host.management
+    management = pack.host.run.management
     used: list[str] = []
 
     def work(engine, progress):
@@ -356,7 +356,7 @@ def test_the_nodes_use_the_cache_of_the_user_unless_told_not_to(pack, monkeypatc
 
 
 def test_cancel_stops_the_work(pack):
-    management = pack.host.management
+    management = pack.host.run.management
     management.interrupt_current_processing()
     with pytest.raises(management.InterruptProcessingException):
         pack.host.compute(lambda engine, progress: progress(1, 2, "a layer"), 2)
@@ -368,7 +368,7 @@ WINDOWS = ["con", "a/NUL.txt/b", "com1", "a:b", "a/b?", "x ", "x./y", 'say "x"',
 @pytest.mark.parametrize("prefix", WINDOWS)
 def test_names_that_windows_refuses_are_refused_there(pack, monkeypatch, prefix):
     pack.host.check_prefix(prefix)
-    monkeypatch.setattr(pack.host.output, "WINDOWS", True)
+    monkeypatch.setattr(pack.host.files.output, "WINDOWS", True)
     with pytest.raises(pack.lorax.LoraxError, match="refuses"):
         pack.host.check_prefix(prefix)
     pack.host.check_prefix("lorax\\console.v1")

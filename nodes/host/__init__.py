@@ -1,0 +1,35 @@
+"""All that knows ComfyUI: its models, devices, folders, progress and cancel button."""
+
+from typing import Any
+
+from .files import adapter_files, adapter_path, check_prefix, free_path
+from .models import model_key, open_model, weight_of
+from .patch import apply_adapter
+from .run import as_text, compute, counted, send, show
+from .train import training
+
+__all__ = [
+    "adapter_files",
+    "adapter_path",
+    "apply_adapter",
+    "as_text",
+    "check_prefix",
+    "compute",
+    "counted",
+    "free_path",
+    "model_key",
+    "open_model",
+    "send",
+    "show",
+    "training",
+    "weight_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Give the node API (`io`, `ui`, `ComfyExtension`) on demand: hosts of before 2025 have none."""
+    if name in ("io", "ui", "ComfyExtension"):
+        from comfy_api import latest
+
+        return getattr(latest, name)
+    raise AttributeError(name)

@@ -1,0 +1,80 @@
+"""Files of ComfyUI's folders: adapters to read, free names to write."""
+
+import os
+import posixpath
+import re
+from pathlib import Path
+
+from ...lorax.errors import FormatError, OutputError
+from ...lorax.files import output
+from ...lorax.files.longpath import on_disk
+
+# Of the name of a saved file: with a number and an ending its parts stay within the 255 bytes of file systems.
+NAME_BYTES = 200
+PREFIX_CHARACTERS = 1000
+
+
+def adapter_files() -> list[str]:
+    """Return the names of the files in the host's `loras` folders."""
+    import folder_paths
+
+    return folder_paths.get_filename_list("loras")
+
+
+def adapter_path(name: str) -> str:
+    """Return the path of a file in the host's `loras` folders.
+
+    Raises:
+        FormatError: There is no such file.
+    """
+    import folder_paths
+
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise FormatError("no such file in the loras folders", name, "refresh the node list (R) and choose again")
+    return path
+
+
+def check_prefix(prefix: str) -> None:
+    """Check the name that a file shall be saved under, before any work is done.
+
+    Raises:
+        OutputError: It is empty, too long, leads out of its folder, or has characters or names that the system refuses.
+    """
+    plain = prefix.replace("\\", "/")
+    parts = posixpath.normpath(plain).split("/")
+    windows = output.UNNAMEABLE.fullmatch if output.WINDOWS else lambda _: None
+    wrong = next((part for part in parts if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", part) or windows(part)), None)
+    if parts[0] == "..":
+        raise OutputError("a name outside the host's folders", prefix[:200], "give a name without ..")
+    if plain.rpartition("/")[2] in ("", ".", ".."):
+        raise OutputError("a name of no file", prefix[:200] or "nothing", "give a name such as lorax/adapter")
+    if wrong is not None:
+        raise OutputError("a name that the system refuses", wrong[:200], "use letters, digits, - and _")
+    if len(prefix) > PREFIX_CHARACTERS or max(len(part.encode()) for part in parts) > NAME_BYTES:
+        got = f"{prefix[:40]}... has {len(prefix)} characters in {len(parts)} parts"
+        raise OutputError("a name that is too long", got, f"give at most {NAME_BYTES} bytes for each part")
+
+
+def free_path(folder: str, prefix: str) -> tuple[str, str]:
+    """Return a path that does not exist yet, `<prefix>_00001_.safetensors`, and its name below a folder of the host.
+
+    Args:
+        folder: `output` or `loras`.
+        prefix: Name, with subfolders if wanted; never outside the folder.
+
+    Raises:
+        OutputError: The name is none (`check_prefix`), leads outside the folder, or the folder cannot be written.
+    """
+    import folder_paths
+
+    check_prefix(prefix)
+    root = folder_paths.get_output_directory() if folder == "output" else folder_paths.get_folder_paths("loras")[0]
+    inside, name = os.path.realpath(root), os.path.realpath(os.path.join(root, prefix))
+    if not Path(name).is_relative_to(inside):
+        raise OutputError("a name outside the host's folders", prefix, f"give a name below {folder}")
+    output.make_folder(Path(name).parent)
+    count = 1
+    while os.path.exists(on_disk(path := f"{name}_{count:05}_.safetensors")):
+        count += 1
+    return path, os.path.relpath(path, inside)

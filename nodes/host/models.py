@@ -1,0 +1,117 @@
+"""The models of ComfyUI as bases: their layers by name, their weights as the sampler would use them."""
+
+import re
+from typing import Any
+
+import comfy.lora
+import comfy.model_management as management
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ...lorax.models.base import Base, loaded_base
+from ...lorax.models.layers import Layer
+
+UNET = "diffusion_model."
+# Where the host keeps the text encoders that we know, by kind.
+TEXT_ENCODERS = {kind: f"{kind}.transformer." for kind in ("clip_l", "clip_h", "clip_g", "t5xxl")}
+
+# The prefixes that the host's key lists put before a module path.
+SPELLED = re.compile(
+    r"^(lora_unet_|lora_transformer_|lycoris_|diffusion_model\.|transformer\.|unet\.|base_model\.model\.)"
+)
+
+# A parameter of the host's model; with (dimension, start, length) for a part of it.
+Key = str | tuple[str, tuple[int, int, int]]
+
+
+def weight_of(patcher: Any, key: str) -> Tensor:
+    """Return the weight that the sampler would use: dequantised, with its patches, a float32 copy on the CPU.
+
+    Args:
+        patcher: A MODEL, or the patcher of a CLIP.
+        key: Name of a parameter of `patcher.model`.
+    """
+    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    # While a model is loaded with patches, its own weights wait in a backup.
+    if (backup := patcher.backup.get(key)) is not None:
+        weight = backup.weight
+    if (backup := getattr(patcher, "hook_backup", {}).get(key)) is not None:
+        weight = backup[0]
+    if hasattr(weight, "layout_cls") or type(weight).__name__ == "QuantizedTensor":
+        weight = weight.detach().to("cpu").dequantize().to(torch.float32)
+    else:
+        weight = management.cast_to_device(weight.detach(), torch.device("cpu"), torch.float32, copy=True)
+        if convert is not None:
+            weight = convert(weight, inplace=True)
+    patches = patcher.patches.get(key)
+    return comfy.lora.calculate_weight(patches, weight, key, intermediate_dtype=torch.float32) if patches else weight
+
+
+def open_model(model: Any, clip: Any = None) -> Base:
+    """Return a MODEL, and a CLIP if there is one, as a base whose weights are read one at a time.
+
+    The layers of a MODEL of no known family have the names that the host's own LoRA loader gives them.
+    """
+    name = type(getattr(model.model, "model_config", model.model)).__name__
+    encoders = {kind: _text_modules(clip, prefix) for kind, prefix in TEXT_ENCODERS.items()} if clip is not None else {}
+    weights = ModelWeights(model, clip)
+    base = loaded_base(name, _parameters(model, UNET), encoders, weights.read, lambda: _spellings(model))
+    weights.encoders = {encoder.component: TEXT_ENCODERS[encoder.kind] for encoder in base.family.text_encoders}
+    return base
+
+
+class ModelWeights:
+    """The weights of a MODEL and a CLIP, by layer.
+
+    Attributes:
+        encoders: Where the host keeps each text encoder of the family, by component; told when the family is known.
+    """
+
+    def __init__(self, model: Any, clip: Any) -> None:
+        self._model, self._clip = model, clip
+        self.encoders: dict[str, str] = {}
+
+    def read(self, layer: Layer) -> Tensor:
+        """Return the weight of a layer, float32."""
+        if not layer.is_main:
+            return weight_of(self._clip.patcher, f"{self.encoders[layer.component]}{layer.path}.weight")
+        weight = weight_of(self._model, f"{UNET}{layer.original}.weight")
+        return weight if layer.rows is None else weight[slice(*layer.rows)]
+
+
+def model_key(base: Base, layer: Layer) -> Key:
+    """Return the name of a layer's weight in the host's MODEL or CLIP; with (dimension, start, length) for a part."""
+    if not layer.is_main:
+        kind = next(encoder.kind for encoder in base.family.text_encoders if encoder.component == layer.component)
+        return f"{TEXT_ENCODERS[kind]}{layer.path}.weight"
+    key = f"{UNET}{layer.original}.weight"
+    return key if layer.rows is None else (key, (0, layer.rows[0], layer.rows[1] - layer.rows[0]))
+
+
+def _spellings(model: Any) -> dict[str, tuple[str, tuple[int, int] | None]]:
+    """Return what the host's own LoRA loader calls the modules of a model, for families that we do not know."""
+    found: dict[str, tuple[str, tuple[int, int] | None]] = {}
+    for name, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+        key, part = (target, None) if isinstance(target, str) else target[:2]
+        if key.startswith(UNET) and key.endswith(".weight") and (part is None or part[0] == 0):
+            rows = None if part is None else (part[1], part[1] + part[2])
+            found[SPELLED.sub("", name)] = (key.removeprefix(UNET).removesuffix(".weight"), rows)
+    return found
+
+
+def _parameters(patcher: Any, prefix: str) -> dict[str, tuple[int, ...]]:
+    return {
+        name.removeprefix(prefix): tuple(value.shape)
+        for name, value in patcher.model.named_parameters()
+        if name.startswith(prefix)
+    }
+
+
+def _text_modules(clip: Any, prefix: str) -> dict[str, tuple[int, ...]]:
+    inner = ("text_model.encoder.layers.", "encoder.block.")
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in _parameters(clip.patcher, prefix).items()
+        if name.startswith(inner) and name.endswith(".weight")
+    }
