@@ -1,5 +1,7 @@
 """Nodes that read and write adapter files."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Container
 from dataclasses import replace
@@ -19,7 +21,7 @@ class LoraXLoader(io.ComfyNode):
     """Read an adapter file."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
         return io.Schema(
             node_id="LoraXLoader",
@@ -43,13 +45,13 @@ class LoraXLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name):
+    def fingerprint_inputs(cls, lora_name: str) -> str:
         """Read the file again when it changed."""
         state = os.stat(host.adapter_path(lora_name))
         return f"{state.st_mtime_ns}:{state.st_size}"
 
     @classmethod
-    def execute(cls, lora_name):
+    def execute(cls, lora_name: str) -> io.NodeOutput:
         """Read it."""
         adapter = load_adapter(host.adapter_path(lora_name))
         text = summary(adapter)
@@ -61,7 +63,7 @@ class LoraXSave(io.ComfyNode):
     """Write an adapter file."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
         return io.Schema(
             node_id="LoraXSave",
@@ -97,7 +99,7 @@ class LoraXSave(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix=None):
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         """Refuse a name that cannot be written before the graph runs; one that a link gives is not known yet."""
         try:
             if filename_prefix is not None:
@@ -107,7 +109,9 @@ class LoraXSave(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, adapter, filename_prefix, form, folder, model=None):
+    def execute(
+        cls, adapter: Adapter, filename_prefix: str, form: str, folder: str, model: host.Model | None = None
+    ) -> io.NodeOutput:
         """Write it."""
         if form not in FORMS:
             raise OptionError("unknown form of file", str(form), f"choose one of {'; '.join(FORMS)}")

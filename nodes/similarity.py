@@ -1,12 +1,17 @@
 """The node that compares two models."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
 import torch
 
-from ..lorax.compare.matching import match_bases
+from ..lorax.compare.matching import Assignment, match_bases
 from ..lorax.compare.similarity import Similarity, compare_bases
+from ..lorax.compute.engine import Engine
+from ..lorax.models.base import Base
+from ..lorax.progress import Progress
 from ..lorax.show.pictures import similarity_picture
 from ..lorax.show.view import similarity_view
 from . import host
@@ -20,7 +25,7 @@ class LoraXSimilarity(io.ComfyNode):
     """Compare the subspaces of two models."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
         return io.Schema(
             node_id="LoraXSimilarity",
@@ -57,7 +62,9 @@ class LoraXSimilarity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, source, target, rank, layers, cache=True):
+    def execute(
+        cls, source: host.Model, target: host.Model, rank: int, layers: str, cache: bool = True
+    ) -> io.NodeOutput:
         """Compare them."""
         base_s, base_t = host.open_model(source), host.open_model(target)
         result, pairs = host.compute(
@@ -71,7 +78,9 @@ class LoraXSimilarity(io.ComfyNode):
         return io.NodeOutput(result, picture(result), text, ui={"text": [text], "lorax_similarity": [view]})
 
 
-def _compare(base_s, base_t, rank, layers, engine, progress):
+def _compare(
+    base_s: Base, base_t: Base, rank: int, layers: str, engine: Engine, progress: Progress
+) -> tuple[Similarity, Assignment]:
     """Return the similarity of two bases, and which layer feeds which by it."""
     found = compare_bases(
         base_s, base_t, rank=rank or None, attention_only=layers == LAYERS[0], engine=engine, progress=progress

@@ -1,7 +1,10 @@
 """The node that trains a LoRA-X adapter."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +30,7 @@ class LoraXTrain(io.ComfyNode):
     """Train a LoRA-X adapter on pictures."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
         return io.Schema(
             node_id="LoraXTrain",
@@ -94,20 +97,20 @@ class LoraXTrain(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        latents,
-        positive,
-        batch_size,
-        grad_accumulation_steps,
-        steps,
-        learning_rate,
-        rank,
-        seed,
-        training_dtype,
-        gradient_checkpointing,
-        existing_adapter=(None,),
-    ):
-        """Train it."""
+        model: list[host.Model],
+        latents: list[dict[str, Tensor]],
+        positive: list[list[Any]],
+        batch_size: list[int],
+        grad_accumulation_steps: list[int],
+        steps: list[int],
+        learning_rate: list[float],
+        rank: list[int],
+        seed: list[int],
+        training_dtype: list[str],
+        gradient_checkpointing: list[bool],
+        existing_adapter: Sequence[Adapter | None] = (None,),
+    ) -> io.NodeOutput:
+        """Train it; the host gives every input as a list."""
         if training_dtype[0] not in DTYPES:
             raise OptionError("unknown dtype", str(training_dtype[0]), f"choose one of {', '.join(DTYPES)}")
         pictures = paired(latents, positive)
@@ -145,7 +148,7 @@ def paired(latents: Sequence[dict], positive: Sequence[list]) -> list[tuple[Tens
 
 
 def trained(
-    model: object,
+    model: host.Model,
     pictures: list[tuple[Tensor, list]],
     rank: int,
     existing: Adapter | None,

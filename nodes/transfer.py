@@ -1,10 +1,13 @@
 """Nodes that move, change and apply adapters."""
 
+from __future__ import annotations
+
 from weakref import WeakKeyDictionary, ref
 
 from ..lorax.adapters import Adapter, LoraXLayer
 from ..lorax.adapters.convert import convert_to_lora_x
 from ..lorax.checks import highest_rank
+from ..lorax.compare.similarity import Similarity
 from ..lorax.options import Dora, Matching, Method, TransferOptions
 from ..lorax.transfer.report import WEAK
 from ..lorax.transfer.run import transfer_adapter
@@ -14,14 +17,14 @@ from .host import io, ui
 from .types import CATEGORY, AdapterPort, SimilarityPort, cache_input, rank_input
 
 # Adapter -> (model, its patches, the adapter expanded on it): changing the strength never decomposes again.
-_expanded: "WeakKeyDictionary[Adapter, tuple[ref, object, Adapter]]" = WeakKeyDictionary()
+_expanded: WeakKeyDictionary[Adapter, tuple[ref, object, Adapter]] = WeakKeyDictionary()
 
 
 class LoraXTransfer(io.ComfyNode):
     """Move an adapter to another base model."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
         return io.Schema(
             node_id="LoraXTransfer",
@@ -92,19 +95,19 @@ class LoraXTransfer(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        adapter,
-        source,
-        target,
-        method,
-        rank,
-        threshold,
-        matching="auto",
-        dora="direction",
-        cache=True,
-        similarity=None,
-        source_clip=None,
-        target_clip=None,
-    ):
+        adapter: Adapter,
+        source: host.Model,
+        target: host.Model,
+        method: str,
+        rank: int,
+        threshold: float,
+        matching: str = "auto",
+        dora: str = "direction",
+        cache: bool = True,
+        similarity: Similarity | None = None,
+        source_clip: host.Clip | None = None,
+        target_clip: host.Clip | None = None,
+    ) -> io.NodeOutput:
         """Move it."""
         base_s, base_t = host.open_model(source, source_clip), host.open_model(target, target_clip)
         most = highest_rank([*base_s.layers.values(), *base_t.layers.values()])
@@ -136,7 +139,7 @@ class LoraXApply(io.ComfyNode):
     """Patch a model with an adapter."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
         return io.Schema(
             node_id="LoraXApply",
@@ -164,7 +167,9 @@ class LoraXApply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, adapter, strength, clip=None):
+    def execute(
+        cls, model: host.Model, adapter: Adapter, strength: float, clip: host.Clip | None = None
+    ) -> io.NodeOutput:
         """Patch it."""
         patched, patched_clip, missing = host.apply_adapter(model, clip, _expand(adapter, model, clip), strength)
         text = f"{len(adapter.layers) - len(missing)} of {len(adapter.layers)} layers applied"
@@ -178,7 +183,7 @@ class LoraXConvert(io.ComfyNode):
     """Project an adapter onto its own base model."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
         return io.Schema(
             node_id="LoraXConvert",
@@ -199,7 +204,9 @@ class LoraXConvert(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, adapter, source, rank, source_clip=None):
+    def execute(
+        cls, adapter: Adapter, source: host.Model, rank: int, source_clip: host.Clip | None = None
+    ) -> io.NodeOutput:
         """Project it."""
         base = host.open_model(source, source_clip)
         most = highest_rank(base.layers.values())

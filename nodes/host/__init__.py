@@ -3,12 +3,14 @@
 from typing import Any
 
 from .files import adapter_files, adapter_path, check_prefix, free_path
-from .models import model_key, open_model, weight_of
+from .models import Clip, Model, model_key, open_model, weight_of
 from .patch import apply_adapter
 from .run import as_text, compute, counted, send, show
 from .train import training
 
 __all__ = [
+    "Clip",
+    "Model",
     "adapter_files",
     "adapter_path",
     "apply_adapter",

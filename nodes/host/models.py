@@ -1,7 +1,9 @@
 """The models of ComfyUI as bases: their layers by name, their weights as the sampler would use them."""
 
+from __future__ import annotations
+
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import comfy.lora
 import comfy.model_management as management
@@ -12,6 +14,12 @@ from torch import Tensor
 from ...lorax.models.base import Base, loaded_base
 from ...lorax.models.layers import Layer
 
+if TYPE_CHECKING:
+    from comfy.sd import CLIP
+
+# What sockets of these types carry.
+Model: TypeAlias = comfy.model_patcher.ModelPatcher
+Clip: TypeAlias = "CLIP"
 UNET = "diffusion_model."
 # Where the host keeps the text encoders that we know, by kind.
 TEXT_ENCODERS = {kind: f"{kind}.transformer." for kind in ("clip_l", "clip_h", "clip_g", "t5xxl")}
@@ -48,7 +56,7 @@ def weight_of(patcher: Any, key: str) -> Tensor:
     return comfy.lora.calculate_weight(patches, weight, key, intermediate_dtype=torch.float32) if patches else weight
 
 
-def open_model(model: Any, clip: Any = None) -> Base:
+def open_model(model: Model, clip: Clip | None = None) -> Base:
     """Return a MODEL, and a CLIP if there is one, as a base whose weights are read one at a time.
 
     The layers of a MODEL of no known family have the names that the host's own LoRA loader gives them.
@@ -68,7 +76,7 @@ class ModelWeights:
         encoders: Where the host keeps each text encoder of the family, by component; told when the family is known.
     """
 
-    def __init__(self, model: Any, clip: Any) -> None:
+    def __init__(self, model: Model, clip: Clip | None) -> None:
         self._model, self._clip = model, clip
         self.encoders: dict[str, str] = {}
 
@@ -89,7 +97,7 @@ def model_key(base: Base, layer: Layer) -> Key:
     return key if layer.rows is None else (key, (0, layer.rows[0], layer.rows[1] - layer.rows[0]))
 
 
-def _spellings(model: Any) -> dict[str, tuple[str, tuple[int, int] | None]]:
+def _spellings(model: Model) -> dict[str, tuple[str, tuple[int, int] | None]]:
     """Return what the host's own LoRA loader calls the modules of a model, for families that we do not know."""
     found: dict[str, tuple[str, tuple[int, int] | None]] = {}
     for name, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
@@ -108,7 +116,7 @@ def _parameters(patcher: Any, prefix: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _text_modules(clip: Any, prefix: str) -> dict[str, tuple[int, ...]]:
+def _text_modules(clip: Clip, prefix: str) -> dict[str, tuple[int, ...]]:
     inner = ("text_model.encoder.layers.", "encoder.block.")
     return {
         name.removesuffix(".weight"): shape

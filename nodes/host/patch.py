@@ -1,7 +1,8 @@
 """Adapters as patches of ComfyUI's own kind."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
 
 import comfy.lora
 from torch import Tensor
@@ -9,12 +10,14 @@ from torch import Tensor
 from ...lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
 from ...lorax.errors import MismatchError
 from ...lorax.models.base import Base
-from .models import UNET, Key, model_key, open_model
+from .models import UNET, Clip, Key, Model, model_key, open_model
 
 REPORT = "report this with the ComfyUI version"
 
 
-def apply_adapter(model: Any, clip: Any, adapter: Adapter, strength: float) -> tuple[Any, Any, list[str]]:
+def apply_adapter(
+    model: Model, clip: Clip | None, adapter: Adapter, strength: float
+) -> tuple[Model, Clip | None, list[str]]:
     """Return copies of MODEL and CLIP with the adapter as patches of the host's own kind.
 
     Strengths add up with other LoRA nodes, saving bakes the patches, unloading takes them off.
@@ -75,7 +78,7 @@ def _known(own: AdapterLayer) -> AdapterLayer:
     return LoraLayer(own.layer, *own.factors()) if isinstance(own, FouraLayer) else own
 
 
-def _patch(target: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, Key], strength: float) -> int:
+def _patch(target: Model | Clip, tensors: Mapping[str, Tensor], keys: Mapping[str, Key], strength: float) -> int:
     if not keys:
         return 0
     patches = comfy.lora.load_lora(dict(tensors), dict(keys))

@@ -1,5 +1,7 @@
 """Training on a MODEL: its loss, at random times of its own noise schedule."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from ...lorax.errors import OptionError
 from .gradients import copies, differentiable, recomputing, teach_rotations
+from .models import Model
 
 # What makes a conditioning more than a caption of a whole picture.
 REGIONAL = {"control", "gligen", "hooks", "area", "mask", "start_percent", "end_percent"}
@@ -22,7 +25,7 @@ Learning = TypeVar("Learning", bound=nn.Module)
 
 @contextmanager
 def training(
-    model: Any,
+    model: Model,
     pictures: Sequence[tuple[Tensor, Any]],
     attach: Callable[[nn.Module], Learning],
     *,
