@@ -91,7 +91,7 @@ def test_a_file_that_stays_as_it_is_is_read_again_and_again(work):
 def moved(engine, rank, source, target, work, **more):
     adapter = load_adapter(work / "a.safetensors", source)
     return transfer_adapter(
-        adapter, source, target, TransferOptions(method="project", rank=rank, **more), engine=engine
+        adapter, source, target, TransferOptions(method="project", rank=rank), engine=engine, **more
     )[0]
 
 

@@ -277,6 +277,7 @@ def test_the_other_children_of_a_program_live_on(tmp_path, many, error):
 FORKED = """
 import os, sys, time
 from pathlib import Path
+from lorax import TransferOptions
 from lorax.migration import migrate, plan_folder
 def progress(done, total, name):
     if done == 1 and os.fork() == 0:
