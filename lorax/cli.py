@@ -236,6 +236,8 @@ def transfer(
     if html_file:
         write_bytes(html_file, page(report.to_json()).encode())
     print_report(report)
+    methods = ", ".join(f"{count} by {method}" for method, count in report.methods.items())
+    say.print(printable(f"{output}: {methods or 'nothing was moved'}"), soft_wrap=True)
 
 
 @app.command()

@@ -38,6 +38,7 @@ def test_transfer_writes_the_file_the_report_and_the_picture(run, words, bases, 
     report = json.loads((tmp_path / "r.json").read_text())
     jsonschema.validate(report, REPORT_SCHEMA)
     assert report["arrived"] == len(adapter.layers) == report["layers"]
+    assert out.endswith(f"{tmp_path / 'out.safetensors'}: {report['layers']} by project\n")
     assert adapter.metadata["lorax_method"] == "project"
     assert adapter.metadata["ss_tag_frequency"] == "kept"
     with Image.open(tmp_path / "r.png") as image:

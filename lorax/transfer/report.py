@@ -163,6 +163,11 @@ class TransferReport:
         return Counter(row.outcome for row in self.rows)
 
     @property
+    def methods(self) -> Counter[str]:
+        """How many rows were moved by each method."""
+        return Counter(str(row.method) for row in self.rows if row.outcome is Outcome.TRANSFERRED)
+
+    @property
     def layers(self) -> int:
         """How many layers the file has updates for."""
         return len({row.source for row in self.rows})
