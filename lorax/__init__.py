@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from .models.base import Base, module_base, open_base
     from .models.layers import Layer, LayerTable
     from .options import TransferOptions
+    from .transfer.plan import Plan, plan_transfer
     from .transfer.report import Outcome, Row, TransferReport, similarity_json
-    from .transfer.run import transfer_adapter
+    from .transfer.run import run_plan, transfer_adapter
 
 # Where each name lives. It is imported when it is first asked for: reading a header needs no torch.
 _PLACES = {
@@ -50,7 +51,8 @@ _PLACES = {
     "transfer.report": ("Outcome", "Row", "TransferReport", "similarity_json"),
     "compare.scores": ("Score",),
     "compare.similarity": ("Similarity", "compare_bases", "pair_scores"),
-    "transfer.run": ("transfer_adapter",),
+    "transfer.plan": ("Plan", "plan_transfer"),
+    "transfer.run": ("run_plan", "transfer_adapter"),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 
@@ -72,6 +74,7 @@ __all__ = [
     "OptionError",
     "Outcome",
     "OutputError",
+    "Plan",
     "Row",
     "Score",
     "Similarity",
@@ -88,6 +91,8 @@ __all__ = [
     "open_base",
     "open_cache",
     "pair_scores",
+    "plan_transfer",
+    "run_plan",
     "save_adapter",
     "similarity_json",
     "transfer_adapter",

@@ -202,7 +202,8 @@ def transfer(
     from .files.output import write_bytes
     from .models.base import open_base
     from .show.page import page
-    from .transfer.run import prepared, transfer_adapter
+    from .transfer.plan import plan_transfer
+    from .transfer.run import transfer_adapter
 
     base_s, base_t = open_base(source), open_base(target)
     inputs = [adapter, *([assignment_file] if assignment_file else [])]
@@ -211,8 +212,8 @@ def transfer(
     loaded = load_adapter(adapter, base_s)
     if dry_run:
         with bar("planning") as progress:
-            plan, _ = or_on_cpu(
-                lambda engine: prepared(
+            plan = or_on_cpu(
+                lambda engine: plan_transfer(
                     loaded, base_s, base_t, options, assignment=assignment, engine=engine, progress=progress
                 ),
                 _engine(device, cache),

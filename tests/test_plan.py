@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from lorax import Engine, Outcome, TransferOptions, load_adapter
+from lorax import Engine, Outcome, TransferOptions, load_adapter, plan_transfer, run_plan
 from lorax.options import Format, Method
 from lorax.transfer.plan import Piece
-from lorax.transfer.run import pieces, prepared, run
+from lorax.transfer.run import pieces
 from tests import every_kind as every
 
 SAID = [f"{method} {form}{' fast' * fast}" for method in Method for form in Format for fast in (False, True)]
@@ -50,10 +50,10 @@ def fluxes(tmp_path_factory):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=SAID)
 def test_a_transfer_asks_for_the_decompositions_of_its_plan_and_no_others(adapter, bases, options):
-    plan, scores = prepared(adapter, *bases, options)
-    needed = pieces(plan, scores, Engine())
+    plan = plan_transfer(adapter, *bases, options)
+    needed = pieces(plan, Engine())
     engine = Asked()
-    run(plan, scores, engine=engine)
+    run_plan(plan, engine=engine)
     assert engine.asked == set(needed)
     assert len(needed) == len(set(needed))
 
@@ -62,25 +62,25 @@ def test_a_transfer_asks_for_the_decompositions_of_its_plan_and_no_others(adapte
 def test_the_kinds_that_are_not_thin_too(options, fluxes):
     source, target = fluxes
     for update in (*every.kinds(source.layers[every.NAME]).values(), *every.kinds(every.QKV).values()):
-        plan, scores = prepared(every.adapter_of(update), source, target, options)
+        plan = plan_transfer(every.adapter_of(update), source, target, options)
         engine = Asked()
-        run(plan, scores, engine=engine)
-        assert engine.asked == set(pieces(plan, scores, Engine())), update.kind
+        run_plan(plan, engine=engine)
+        assert engine.asked == set(pieces(plan, Engine())), update.kind
 
 
 @pytest.mark.parametrize("threshold", [-9, 0.9, 0.98])
 def test_what_is_not_alike_needs_nothing(adapter, bases, threshold):
-    plan, scores = prepared(adapter, *bases, TransferOptions(method="project", rank=6, threshold=threshold))
-    needed = {piece.layer for piece in pieces(plan, scores, Engine())}
-    _, report = run(plan, scores)
+    plan = plan_transfer(adapter, *bases, TransferOptions(method="project", rank=6, threshold=threshold))
+    needed = {piece.layer for piece in pieces(plan, Engine())}
+    _, report = run_plan(plan)
     assert needed == {row.target for row in report.rows if row.outcome is Outcome.TRANSFERRED}
 
 
 def test_a_plan_of_bases_of_one_depth_reads_no_weight(adapter, bases):
-    plan, _ = prepared(adapter, *map(unreadable, bases), TransferOptions(method="project"))
-    real, scores = prepared(adapter, *bases, TransferOptions(method="project"))
+    plan = plan_transfer(adapter, *map(unreadable, bases), TransferOptions(method="project"))
+    real = plan_transfer(adapter, *bases, TransferOptions(method="project"))
     assert [step.row for step in plan.steps] == [step.row for step in real.steps]
-    _, report = run(real, scores)
+    _, report = run_plan(real)
     told = [(step.row.source, step.row.target, step.row.method) for step in plan.steps]
     assert told == [(row.source, row.target, row.method) for row in report.rows]
 

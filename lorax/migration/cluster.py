@@ -27,8 +27,8 @@ from ..errors import LoraxError
 from ..linalg import Subspace
 from ..models.base import Base
 from ..options import TransferOptions
-from ..transfer.plan import Piece
-from ..transfer.run import pieces, prepared
+from ..transfer.plan import Piece, plan_transfer
+from ..transfer.run import pieces
 from .job import Task
 from .local import ONE, largest_of_each
 from .work import Record, move, opened
@@ -68,8 +68,8 @@ def _survey(task: Task, device: str, cached: bool) -> tuple[list[Part], Assignme
     source, target = opened(task.source), opened(task.target)
 
     def surveyed(engine: Engine) -> tuple[list[Piece], Assignment]:
-        plan, scores = prepared(load_adapter(task.adapter, source), source, target, task.options, engine=engine)
-        return pieces(plan, scores, engine), replace(plan.assignment, scores=scores)
+        plan = plan_transfer(load_adapter(task.adapter, source), source, target, task.options, engine=engine)
+        return pieces(plan, engine), replace(plan.assignment, scores=plan.scores)
 
     try:
         found, assignment = or_on_cpu(surveyed, Engine(device, open_cache() if cached else None))

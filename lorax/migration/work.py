@@ -19,8 +19,8 @@ from ..files.longpath import on_disk
 from ..files.output import make_folder
 from ..files.tensorfile import file_hash, file_state
 from ..models.base import Base, open_base
-from ..transfer.plan import Plan
-from ..transfer.run import prepared, transfer_adapter
+from ..transfer.plan import Plan, plan_transfer
+from ..transfer.run import transfer_adapter
 from ..version import __version__
 from .job import Task
 
@@ -179,7 +179,7 @@ def planned(task: Task, engine: Engine, assignment: Assignment | None) -> Plan:
         _refuse(Path(task.adapter))
     source, target = opened(task.source), opened(task.target)
     adapter = load_adapter(task.adapter, source)
-    return prepared(adapter, source, target, task.options, assignment=assignment, engine=engine)[0]
+    return plan_transfer(adapter, source, target, task.options, assignment=assignment, engine=engine)
 
 
 @lru_cache(maxsize=4)

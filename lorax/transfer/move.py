@@ -16,8 +16,8 @@ from ..models.layers import Layer
 from ..options import Format, TransferOptions
 from .methods import Needs, TransferMethod
 from .notes import Code, Note
-from .plan import Step, is_dense_dora
 from .report import Outcome, Row
+from .steps import Step, is_dense_dora
 from .widened import cut, first_channels, widen
 
 Move = tuple[Row, AdapterLayer | None]

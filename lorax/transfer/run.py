@@ -4,15 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from ..adapters import Adapter, AdapterLayer, LoraXLayer
-from ..checks import check_rank
-from ..compare.matching import Assignment, match_bases
-from ..compare.scores import Scores
+from ..adapters import Adapter, AdapterLayer
+from ..compare.matching import Assignment
 from ..compare.similarity import Similarity
 from ..compute.engine import CPU, Engine
 from ..errors import MismatchError
 from ..models.base import Base
-from ..models.layers import Layer
 from ..options import DEFAULTS, DType, Naming, TransferOptions
 from ..progress import Progress, silent
 from ..version import __version__
@@ -55,48 +52,16 @@ def transfer_adapter(
         NumericsError: A weight holds NaN or Inf, or an update grows beyond the dtype of its result.
     """
     with engine.remembering(source, target):
-        plan, scores = prepared(
+        plan = plan_transfer(
             adapter, source, target, options, assignment=assignment, similarity=similarity, engine=engine,
             progress=progress,
         )  # fmt: skip
-        return run(plan, scores, engine=engine, progress=progress)
+        return run_plan(plan, engine=engine, progress=progress)
 
 
-def prepared(
-    adapter: Adapter,
-    source: Base,
-    target: Base,
-    options: TransferOptions = DEFAULTS,
-    *,
-    assignment: Assignment | None = None,
-    similarity: Similarity | None = None,
-    engine: Engine = CPU,
-    progress: Progress = silent,
-) -> tuple[Plan, Scores]:
-    """Return the plan of a transfer and what is known of its bases; of weights only those are read that pairing needs.
-
-    Args and errors are those of `transfer_adapter`.
-    """
-    check_rank(options.rank, [*source.layers.values(), *target.layers.values()])
-    adapter = adapter.resolved(source)
-    _check_belongs(adapter, source, target)
-    with engine.remembering(source, target):
-        known = [] if assignment is None else [assignment.scores]
-        if similarity is not None:
-            if similarity.identities != (source.identity(), target.identity()):
-                got = f"it compared {similarity.source} and {similarity.target}"
-                fix = "compare source and target of this transfer"
-                raise MismatchError("the similarity is of other bases", got, fix)
-            known.append(similarity.scores)
-        scores = Scores(*known)
-        if assignment is None:
-            assignment = match_bases(source, target, options.matching, scores=scores, engine=engine, progress=progress)
-        return plan_transfer(adapter, source, target, assignment, options), scores
-
-
-def pieces(plan: Plan, scores: Scores, engine: Engine) -> list[Piece]:
+def pieces(plan: Plan, engine: Engine) -> list[Piece]:
     """Return the decompositions that a plan needs: for the pairs that are similar enough, which is found out."""
-    mover = _mover(plan, scores, engine)
+    mover = _mover(plan, engine)
     found: dict[Piece, None] = {}
     for step in plan.steps:
         needed = plan.pieces(step)
@@ -105,14 +70,11 @@ def pieces(plan: Plan, scores: Scores, engine: Engine) -> list[Piece]:
     return list(found)
 
 
-def run(
-    plan: Plan, scores: Scores, *, engine: Engine = CPU, progress: Progress = silent
-) -> tuple[Adapter, TransferReport]:
+def run_plan(plan: Plan, *, engine: Engine = CPU, progress: Progress = silent) -> tuple[Adapter, TransferReport]:
     """Carry out a plan.
 
     Args:
         plan: The plan.
-        scores: What is known of its bases; what is computed is added.
         engine: How and where to compute.
         progress: Called with (done, total, layer name).
 
@@ -130,7 +92,7 @@ def run(
         plan.assignment,
         unused=dict(adapter.unused),
     )
-    mover = _mover(plan, scores, engine)
+    mover = _mover(plan, engine)
     moved: dict[str, AdapterLayer] = {}
     for done, step in enumerate(plan.steps, 1):
         row, result = mover.move(step)
@@ -147,10 +109,10 @@ def run(
     return Adapter(adapter.name, target.family, naming, moved, {}, _metadata(plan)), report
 
 
-def _mover(plan: Plan, scores: Scores, engine: Engine) -> Mover:
+def _mover(plan: Plan, engine: Engine) -> Mover:
     word = plan.options.dtype
     dtype = None if word is DType.keep else getattr(torch, word)
-    return Mover(plan.source, plan.target, plan.options, dtype, scores, engine)
+    return Mover(plan.source, plan.target, plan.options, dtype, plan.scores, engine)
 
 
 def _metadata(plan: Plan) -> dict[str, str]:
@@ -177,39 +139,3 @@ def _check_arrived(report: TransferReport, *, strict: bool) -> None:
         row = report.missing[0]
         got = f"{len(report.missing)} of {report.layers}, the first {row.source} ({row.outcome})"
         raise MismatchError("strict: layers get no update", got, "drop --strict to go on without them")
-
-
-def _check_belongs(adapter: Adapter, source: Base, target: Base) -> None:
-    """Refuse an adapter of the target, or no layer of which is in the source."""
-    layers = [
-        own for own in adapter.layers.values() if own.layer.component in source.components and own.layer.shape != ()
-    ]
-    layers = layers or [own for own in adapter.layers.values() if isinstance(own, LoraXLayer)]
-    if not layers:
-        return
-
-    def fitting(base: Base) -> set[str]:
-        return {own.layer.name for own in layers if _fits(own, base)}
-
-    in_source, in_target = fitting(source), fitting(target)
-    if not in_source:
-        raise MismatchError(
-            "the adapter does not belong to the source base",
-            f"{adapter.name} and {source.name} ({source.label})",
-            "swap source and target" if in_target else "give the base that it was made for",
-        )
-    if len(in_source) < len(in_target) == len(layers):
-        first = next(own.layer.name for own in layers if own.layer.name not in in_source)
-        got = f"{adapter.name}: {first} is in {target.name} and not in {source.name}"
-        fix = "use it as it is; if source and target are swapped, swap them"
-        raise MismatchError("the adapter is made for the target already", got, fix)
-
-
-def _fits(own: AdapterLayer, base: Base) -> bool:
-    """Return whether a base has the layer, in the size of the update; a fused weight counts with all its rows."""
-    name, shape = own.layer.name, own.layer.shape
-    found = [base.vectors[name]] if name in base.vectors else base.layers.parts_of(own.layer)
-    if not found or not shape:
-        return bool(found)
-    columns = Layer("", shape).matrix_shape[1]
-    return shape[0] == sum(layer.shape[0] for layer in found) and columns == found[0].matrix_shape[1]
