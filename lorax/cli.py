@@ -1,7 +1,6 @@
 """The command line: `lorax inspect | similarity | transfer | migrate | convert | evaluate | cache`."""
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -318,7 +317,8 @@ def convert(
 ) -> None:
     """Change the format of an adapter; its base stays the same."""
     from .adapters import load_adapter, save_adapter
-    from .adapters.convert import convert_to_lora, convert_to_lora_x
+    from .adapters.convert import KEEP_THE_LORA, convert_to_lora, convert_to_lora_x
+    from .compare.scores import finite_mean
     from .compute.engine import or_on_cpu
     from .models.base import open_base
     from .transfer.report import WEAK
@@ -338,11 +338,10 @@ def convert(
             result, shares = or_on_cpu(
                 lambda engine: convert_to_lora_x(loaded, base, rank=rank, engine=engine, progress=progress), engine
             )
-            kept = [share for share in shares.values() if math.isfinite(share)]
-            mean = sum(kept) / len(kept) if kept else math.nan
+            mean = finite_mean(shares.values())
             say.print(f"{len(shares)} layers, {mean:.0%} of the norm kept on average")
             if mean < WEAK:
-                warn("little of an ordinary LoRA is a change of singular values; keep the LoRA too")
+                warn(KEEP_THE_LORA)
     save_adapter(result, output, naming=naming.value, dtype=_dtype(dtype))
     for key, why in result.unused.items():
         say.print(f"not used: {printable(key)} ({printable(why)})")

@@ -112,8 +112,10 @@ def print_plan(plan: "Plan") -> None:
 
 
 def _mean(values: list[float]) -> str:
-    finite = [value for value in values if math.isfinite(value)]
-    return f"{sum(finite) / len(finite):.3f}" if finite else "-"
+    from .compare.scores import finite_mean
+
+    mean = finite_mean(values)
+    return "-" if math.isnan(mean) else f"{mean:.3f}"
 
 
 def plain(value: Any) -> str:

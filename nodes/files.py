@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container
-from dataclasses import replace
 
-from ..lorax.adapters import Adapter, LoraXLayer, load_adapter, save_adapter
-from ..lorax.adapters.convert import convert_to_lora
+from ..lorax.adapters import Adapter, load_adapter, save_adapter
 from ..lorax.errors import OptionError, OutputError
-from ..lorax.models.base import Base
 from . import host
+from .convert import as_lora, has_lora_x
 from .host import io, ui
 from .types import CATEGORY, AdapterPort
 
@@ -117,33 +114,16 @@ class LoraXSave(io.ComfyNode):
             raise OptionError("unknown form of file", str(form), f"choose one of {'; '.join(FORMS)}")
         if form == FORMS[2] and adapter.kind != "lora-x":
             raise OptionError("this adapter is not a LoRA-X", adapter.name, "put Convert to LoRA-X before this node")
-        if form != FORMS[2] and any(isinstance(layer, LoraXLayer) for layer in adapter.layers.values()):
+        if form != FORMS[2] and has_lora_x(adapter):
             if model is None:
                 message = "a LoRA-X needs its base model to become a LoRA"
                 raise OptionError(message, adapter.name, "connect the model input")
-            adapter = expanded(adapter, host.open_model(model))
+            adapter = as_lora(adapter, host.open_model(model))
         naming = "diffusers" if form == FORMS[1] else "kohya"
         path, name = host.free_path(folder, filename_prefix)
         save_adapter(adapter, path, naming=naming, overwrite=False)
         host.show(name, cls.hidden.unique_id)
         return io.NodeOutput(path, ui=ui.PreviewText(name))
-
-
-def expanded(adapter: Adapter, base: Base, components: Container[str] | None = None) -> Adapter:
-    """Return an adapter as its base names it, its LoRA-X layers (those of `components`, if given) expanded."""
-    adapter = adapter.resolved(base)
-    changes = {
-        name: own
-        for name, own in adapter.layers.items()
-        if isinstance(own, LoraXLayer) and (components is None or own.layer.component in components)
-    }
-    lora = host.compute(
-        lambda engine, progress: convert_to_lora(
-            replace(adapter, layers=changes), base, engine=engine, progress=progress
-        ),
-        len(changes),
-    )
-    return replace(adapter, layers={**adapter.layers, **lora.layers})
 
 
 def summary(adapter: Adapter) -> str:
@@ -156,6 +136,6 @@ def summary(adapter: Adapter) -> str:
     if adapter.unused:
         key, why = next(iter(adapter.unused.items()))
         lines.append(f"not used: {len(adapter.unused)} tensors, the first {key}: {why}")
-    if any(isinstance(layer, LoraXLayer) for layer in adapter.layers.values()):
+    if has_lora_x(adapter):
         lines.append("needs its own base model as source")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..lorax.compare.matching import Assignment, match_bases
+from ..lorax.compare.scores import finite_mean
 from ..lorax.compare.similarity import Similarity, compare_bases
 from ..lorax.compute.engine import Engine
 from ..lorax.models.base import Base
@@ -97,7 +98,6 @@ def describe(similarity: Similarity) -> str:
     """Return the mean corrected similarity of the layers of equal name, a line for each kind."""
     lines: list[str] = []
     for kind in similarity.kinds:
-        values = [score.corrected for pair in kind.equal_names() for score in pair]
-        finite = [value for value in values if math.isfinite(value)]
-        lines.append(f"{kind.kind}: " + (f"{sum(finite) / len(finite):.3f}" if finite else "no layers of equal name"))
+        mean = finite_mean(score.corrected for pair in kind.equal_names() for score in pair)
+        lines.append(f"{kind.kind}: " + ("no layers of equal name" if math.isnan(mean) else f"{mean:.3f}"))
     return "\n".join(lines)

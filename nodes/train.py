@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -98,8 +98,8 @@ class LoraXTrain(io.ComfyNode):
     def execute(
         cls,
         model: list[host.Model],
-        latents: list[dict[str, Tensor]],
-        positive: list[list[Any]],
+        latents: list[host.Latent],
+        positive: list[host.Conditioning],
         batch_size: list[int],
         grad_accumulation_steps: list[int],
         steps: list[int],
@@ -115,25 +115,29 @@ class LoraXTrain(io.ComfyNode):
             raise OptionError("unknown dtype", str(training_dtype[0]), f"choose one of {', '.join(DTYPES)}")
         pictures = paired(latents, positive)
         curve = Curve(cls.hidden.unique_id, steps[0])
-        adapter = trained(
-            model[0],
-            pictures,
-            rank[0],
-            existing_adapter[0],
-            DTYPES[training_dtype[0]],
-            gradient_checkpointing[0],
-            batch_size[0],
-            on_step=curve.add,
+        run = partial(
+            train,
             steps=steps[0],
             learning_rate=learning_rate[0],
             grad_accumulation_steps=grad_accumulation_steps[0],
             seed=seed[0],
+            on_step=curve.add,
+        )
+        adapter = trained(
+            model[0],
+            pictures,
+            run,
+            rank[0],
+            existing_adapter[0],
+            batch_size[0],
+            dtype=DTYPES[training_dtype[0]],
+            gradient_checkpointing=gradient_checkpointing[0],
         )
         image = torch.from_numpy(np.asarray(loss_picture(curve.losses), dtype=np.float32) / 255)[None]
         return io.NodeOutput(adapter, image, ui={"text": [curve.words()], "lorax_loss": [curve.points()]})
 
 
-def paired(latents: Sequence[dict], positive: Sequence[list]) -> list[tuple[Tensor, list]]:
+def paired(latents: Sequence[host.Latent], positive: Sequence[host.Conditioning]) -> list[tuple[Tensor, host.Caption]]:
     """Return each picture, a latent `[1, ...]`, with its caption, an entry of a CONDITIONING.
 
     Raises:
@@ -149,18 +153,18 @@ def paired(latents: Sequence[dict], positive: Sequence[list]) -> list[tuple[Tens
 
 def trained(
     model: host.Model,
-    pictures: list[tuple[Tensor, list]],
+    pictures: Sequence[tuple[Tensor, host.Caption]],
+    run: Callable[[LoraXLayers, Callable[[int], Tensor]], object],
     rank: int,
     existing: Adapter | None,
+    batch_size: int,
+    *,
     dtype: torch.dtype,
     gradient_checkpointing: bool,
-    batch_size: int,
-    **options: object,
 ) -> Adapter:
-    """Train on pictures; each batch is of pictures of one size, drawn at random."""
+    """Train on pictures by `run(layers, loss)`; each batch is of pictures of one size, drawn at random."""
     base = host.open_model(model)
     most = highest_rank(layer for layer in base.layers.values() if layer.is_attention)
-    start = {"start": existing} if existing is not None else {"rank": min(rank, most)}
     sizes = [latent.shape for latent, _ in pictures]
 
     def batch() -> list[int]:
@@ -171,14 +175,21 @@ def trained(
     count = host.counted(len(base.layers))
 
     def added(module: torch.nn.Module) -> LoraXLayers:
-        engine = Engine(str(next(module.parameters()).device), cache=open_cache())
-        return attach(module, base=base, dtype=dtype, engine=engine, progress=lambda done, *_: count(done), **start)
+        return attach(
+            module,
+            base=base,
+            rank=min(rank, most) if existing is None else None,
+            start=existing,
+            engine=Engine(str(next(module.parameters()).device), cache=open_cache()),
+            dtype=dtype,
+            progress=lambda done, total, what: count(done),
+        )
 
     with host.training(model, pictures, added, dtype=dtype, gradient_checkpointing=gradient_checkpointing) as (
         layers,
         loss,
     ):
-        train(layers, lambda call: loss(batch()), **options)
+        run(layers, lambda call: loss(batch()))
         return layers.adapter("trained")
 
 

@@ -1,23 +1,16 @@
-"""Nodes that move, change and apply adapters."""
+"""Nodes that move and apply adapters."""
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary, ref
-
-from ..lorax.adapters import Adapter, LoraXLayer
-from ..lorax.adapters.convert import convert_to_lora_x
+from ..lorax.adapters import Adapter
 from ..lorax.checks import highest_rank
 from ..lorax.compare.similarity import Similarity
-from ..lorax.options import Dora, Matching, Method, TransferOptions
-from ..lorax.transfer.report import WEAK
+from ..lorax.options import DEFAULTS, Dora, Matching, Method
 from ..lorax.transfer.run import transfer_adapter
 from . import host
-from .files import expanded
+from .convert import remembered_as_lora
 from .host import io, ui
 from .types import CATEGORY, AdapterPort, SimilarityPort, cache_input, rank_input
-
-# Adapter -> (model, its patches, the adapter expanded on it): changing the strength never decomposes again.
-_expanded: WeakKeyDictionary[Adapter, tuple[ref, object, Adapter]] = WeakKeyDictionary()
 
 
 class LoraXTransfer(io.ComfyNode):
@@ -111,9 +104,8 @@ class LoraXTransfer(io.ComfyNode):
         """Move it."""
         base_s, base_t = host.open_model(source, source_clip), host.open_model(target, target_clip)
         most = highest_rank([*base_s.layers.values(), *base_t.layers.values()])
-        options = TransferOptions(
-            method=method, rank=min(rank, most), threshold=threshold, matching=matching, dora=dora
-        )
+        words = {"method": method, "threshold": threshold, "matching": matching, "dora": dora}
+        options = DEFAULTS.changed({"rank": min(rank, most), **words})
         moved, report = host.compute(
             lambda engine, progress: transfer_adapter(
                 adapter,
@@ -171,71 +163,10 @@ class LoraXApply(io.ComfyNode):
         cls, model: host.Model, adapter: Adapter, strength: float, clip: host.Clip | None = None
     ) -> io.NodeOutput:
         """Patch it."""
-        patched, patched_clip, missing = host.apply_adapter(model, clip, _expand(adapter, model, clip), strength)
+        loras = remembered_as_lora(adapter, model, clip)
+        patched, patched_clip, missing = host.apply_adapter(model, clip, loras, strength)
         text = f"{len(adapter.layers) - len(missing)} of {len(adapter.layers)} layers applied"
         if missing:
             text += f"; no place for {len(missing)}, the first {missing[0]}"
         host.show(text, cls.hidden.unique_id)
         return io.NodeOutput(patched, patched_clip, ui=ui.PreviewText(text))
-
-
-class LoraXConvert(io.ComfyNode):
-    """Project an adapter onto its own base model."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Describe the node to the host."""
-        return io.Schema(
-            node_id="LoraXConvert",
-            display_name="Convert to LoRA-X",
-            category=CATEGORY,
-            description="Projects an ordinary LoRA onto its own base model: only changes of singular values are left.",
-            inputs=[
-                AdapterPort.Input("adapter", tooltip="From the LoRA-X Loader."),
-                io.Model.Input("source", tooltip="The base model that the adapter was made for."),
-                rank_input("Singular values that may move in each layer."),
-                io.Clip.Input("source_clip", optional=True, tooltip="Its text encoder, to convert those layers too."),
-            ],
-            outputs=[
-                AdapterPort.Output(display_name="adapter", tooltip="The LoRA-X adapter."),
-                io.String.Output(display_name="report", tooltip="How much of the update is left."),
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(
-        cls, adapter: Adapter, source: host.Model, rank: int, source_clip: host.Clip | None = None
-    ) -> io.NodeOutput:
-        """Project it."""
-        base = host.open_model(source, source_clip)
-        most = highest_rank(base.layers.values())
-        converted, shares = host.compute(
-            lambda engine, progress: convert_to_lora_x(
-                adapter, base, rank=min(rank, most), engine=engine, progress=progress
-            ),
-            len(adapter.layers),
-        )
-        kept = [share for share in shares.values() if share == share]
-        mean = sum(kept) / len(kept) if kept else 0.0
-        text = f"{len(shares)} of {len(adapter.layers)} layers converted, {mean:.0%} of the norm kept on average"
-        if left := [name for name in converted.unused if name not in adapter.unused]:
-            text += f"\n{len(left)} not converted, the first {left[0]}: {converted.unused[left[0]]}"
-        if mean < WEAK:
-            text += "\nwarning: little of an ordinary LoRA is a change of singular values; keep the LoRA too"
-        host.show(text, cls.hidden.unique_id)
-        return io.NodeOutput(converted, text, ui=ui.PreviewText(text))
-
-
-def _expand(adapter: Adapter, model, clip) -> Adapter:
-    """Return the adapter with its LoRA-X layers expanded on the model, from memory where that was done before."""
-    if not any(isinstance(layer, LoraXLayer) for layer in adapter.layers.values()):
-        return adapter
-    patches = (model.patches_uuid, clip.patcher.patches_uuid if clip is not None else None)
-    known = _expanded.get(adapter)
-    if known is not None and known[0]() is model.model and known[1] == patches:
-        return known[2]
-    base = host.open_model(model, clip)
-    result = expanded(adapter, base, base.components)
-    _expanded[adapter] = (ref(model.model), patches, result)
-    return result

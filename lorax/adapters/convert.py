@@ -13,6 +13,9 @@ from ..options import LORA_RANK, RANK
 from ..progress import Progress, silent
 from . import Adapter, AdapterLayer, LoraLayer, LoraXLayer, VectorLayer, expand
 
+# What a user should know where little of the norm is kept.
+KEEP_THE_LORA = "little of an ordinary LoRA is a change of singular values; keep the LoRA too"
+
 
 def convert_to_lora(
     adapter: Adapter,

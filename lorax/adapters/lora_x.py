@@ -52,7 +52,7 @@ class LoraXLayer(AdapterLayer):
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         if weight is None:  # delta_weight has seen to it
             raise MismatchError("a LoRA-X layer needs its source weight", self.layer.name, "give the source base")
-        B, A = self.expanded(decompose(weight.flatten(1), self.rank))
+        B, A = self.factors_in(decompose(weight.flatten(1), self.rank))
         return (B @ A).to(weight.dtype)
 
     def check_source(self, source: Base) -> None:
@@ -68,7 +68,7 @@ class LoraXLayer(AdapterLayer):
                 "give the base that it was made for; if that is the target, swap source and target",
             )
 
-    def expanded(self, space: Subspace) -> tuple[Tensor, Tensor]:
+    def factors_in(self, space: Subspace) -> tuple[Tensor, Tensor]:
         """Return `B [m, k]`, `A [k, n]` with `B A = U diag(delta) Vh`; `k` counts the deltas that are not 0 (or is 1).
 
         Args:

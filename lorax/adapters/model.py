@@ -150,7 +150,7 @@ def expand(
         return B, A
     if isinstance(layer, LoraXLayer) and source is not None and name in source.layers:
         layer.check_source(source)
-        return layer.expanded(engine.triplets(source, name, layer.rank))
+        return layer.factors_in(engine.triplets(source, name, layer.rank))
     weight = None
     if layer.needs_weight:
         weight = source.fused_weight(layer.layer, engine.device) if source is not None else None

@@ -68,6 +68,12 @@ def mean_corrected(sides: Sides) -> Array:
     return np.where(np.isnan(left), right, np.where(np.isnan(right), left, (left + right) / 2))
 
 
+def finite_mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are numbers; NaN where none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
 class Scores(Mapping[tuple[str, str], tuple[Score, Score]]):
     """Left and right score of pairs of layers, by (source layer name, target layer name): what is known of two bases.
 

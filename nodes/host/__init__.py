@@ -3,13 +3,17 @@
 from typing import Any
 
 from .files import adapter_files, adapter_path, check_prefix, free_path
-from .models import Clip, Model, model_key, open_model, weight_of
+from .models import model_key, open_model, state_of, weight_of
 from .patch import apply_adapter
 from .run import as_text, compute, counted, send, show
 from .train import training
+from .types import Caption, Clip, Conditioning, Latent, Model
 
 __all__ = [
+    "Caption",
     "Clip",
+    "Conditioning",
+    "Latent",
     "Model",
     "adapter_files",
     "adapter_path",
@@ -23,6 +27,7 @@ __all__ = [
     "open_model",
     "send",
     "show",
+    "state_of",
     "training",
     "weight_of",
 ]

@@ -12,6 +12,7 @@ from ...lorax.files.longpath import on_disk
 # Of the name of a saved file: with a number and an ending its parts stay within the 255 bytes of file systems.
 NAME_BYTES = 200
 PREFIX_CHARACTERS = 1000
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def adapter_files() -> list[str]:
@@ -43,8 +44,7 @@ def check_prefix(prefix: str) -> None:
     """
     plain = prefix.replace("\\", "/")
     parts = posixpath.normpath(plain).split("/")
-    windows = output.UNNAMEABLE.fullmatch if output.WINDOWS else lambda _: None
-    wrong = next((part for part in parts if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", part) or windows(part)), None)
+    wrong = next(filter(_is_refused, parts), None)
     if parts[0] == "..":
         raise OutputError("a name outside the host's folders", prefix[:200], "give a name without ..")
     if plain.rpartition("/")[2] in ("", ".", ".."):
@@ -54,6 +54,11 @@ def check_prefix(prefix: str) -> None:
     if len(prefix) > PREFIX_CHARACTERS or max(len(part.encode()) for part in parts) > NAME_BYTES:
         got = f"{prefix[:40]}... has {len(prefix)} characters in {len(parts)} parts"
         raise OutputError("a name that is too long", got, f"give at most {NAME_BYTES} bytes for each part")
+
+
+def _is_refused(name: str) -> bool:
+    """Whether the system refuses the name of a file or folder, or writes it as another one."""
+    return bool(UNWRITABLE.search(name) or (output.WINDOWS and output.UNNAMEABLE.fullmatch(name)))
 
 
 def free_path(folder: str, prefix: str) -> tuple[str, str]:

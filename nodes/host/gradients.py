@@ -18,13 +18,14 @@ def differentiable(model: nn.Module) -> Generator[None]:
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (vars(module)["_parameters"], vars(module)["_buffers"])
+            for table in tables:
                 for name, held in table.items():
                     if held is not None and held.is_inference() and type(held.data) is Tensor:
                         kept.append((table, name, held))
                         view = torch.empty(0, dtype=held.dtype, device=held.device)
                         view.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())
-                        table[name] = nn.Parameter(view, False) if table is module._parameters else view
+                        table[name] = nn.Parameter(view, False) if table is tables[0] else view
         yield
     finally:
         for table, name, held in kept:
@@ -34,7 +35,7 @@ def differentiable(model: nn.Module) -> Generator[None]:
 @functools.cache
 def teach_rotations() -> None:
     """Give the host's own kernels for rotary embeddings, which have none, their gradient: the rotation backwards."""
-    kernels = getattr(torch.ops, "comfy_kitchen", None)
+    kernels: Any = getattr(torch.ops, "comfy_kitchen", None)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(inputs[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, TypeAlias
+import weakref
 
 import comfy.lora
 import comfy.model_management as management
@@ -13,13 +13,8 @@ from torch import Tensor
 
 from ...lorax.models.base import Base, loaded_base
 from ...lorax.models.layers import Layer
+from .types import Clip, Model
 
-if TYPE_CHECKING:
-    from comfy.sd import CLIP
-
-# What sockets of these types carry.
-Model: TypeAlias = comfy.model_patcher.ModelPatcher
-Clip: TypeAlias = "CLIP"
 UNET = "diffusion_model."
 # Where the host keeps the text encoders that we know, by kind.
 TEXT_ENCODERS = {kind: f"{kind}.transformer." for kind in ("clip_l", "clip_h", "clip_g", "t5xxl")}
@@ -33,7 +28,7 @@ SPELLED = re.compile(
 Key = str | tuple[str, tuple[int, int, int]]
 
 
-def weight_of(patcher: Any, key: str) -> Tensor:
+def weight_of(patcher: Model, key: str) -> Tensor:
     """Return the weight that the sampler would use: dequantised, with its patches, a float32 copy on the CPU.
 
     Args:
@@ -82,10 +77,15 @@ class ModelWeights:
 
     def read(self, layer: Layer) -> Tensor:
         """Return the weight of a layer, float32."""
-        if not layer.is_main:
+        if self._clip is not None and not layer.is_main:
             return weight_of(self._clip.patcher, f"{self.encoders[layer.component]}{layer.path}.weight")
         weight = weight_of(self._model, f"{UNET}{layer.original}.weight")
         return weight if layer.rows is None else weight[slice(*layer.rows)]
+
+
+def state_of(model: Model, clip: Clip | None) -> tuple[object, ...]:
+    """Return what tells a MODEL and a CLIP with their patches from all others: equal as long as none of it changes."""
+    return weakref.ref(model.model), model.patches_uuid, clip.patcher.patches_uuid if clip is not None else None
 
 
 def model_key(base: Base, layer: Layer) -> Key:
@@ -108,7 +108,7 @@ def _spellings(model: Model) -> dict[str, tuple[str, tuple[int, int] | None]]:
     return found
 
 
-def _parameters(patcher: Any, prefix: str) -> dict[str, tuple[int, ...]]:
+def _parameters(patcher: Model, prefix: str) -> dict[str, tuple[int, ...]]:
     return {
         name.removeprefix(prefix): tuple(value.shape)
         for name, value in patcher.model.named_parameters()

@@ -1,4 +1,4 @@
-"""Adapters as patches of ComfyUI's own kind."""
+"""Adapters as patches of ComfyUI's update kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from ...lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
 from ...lorax.errors import MismatchError
 from ...lorax.models.base import Base
-from .models import UNET, Clip, Key, Model, model_key, open_model
+from .models import UNET, Key, model_key, open_model
+from .types import Clip, Model
 
 REPORT = "report this with the ComfyUI version"
 
@@ -25,7 +26,7 @@ def apply_adapter(
     Args:
         model: MODEL.
         clip: CLIP or None.
-        adapter: Layers of any kind but LoRA-X, which must be expanded before.
+        adapter: Layers of any kind but LoRA-X, which must become LoRA layers before.
         strength: Factor of the update.
 
     Returns:
@@ -38,14 +39,14 @@ def apply_adapter(
     tensors: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
     keys: dict[bool, dict[str, Key]] = {True: {}, False: {}}
     missing: list[str] = []
-    for name, own in adapter.resolved(base).layers.items():
-        key = _patched_key(base, own)
+    for name, update in adapter.resolved(base).layers.items():
+        key = _patched_key(base, update)
         if key is None:
             missing.append(name)
             continue
-        keys[own.layer.is_main][name] = key
-        parts = _known(own).tensors()
-        tensors[own.layer.is_main] |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        keys[update.layer.is_main][name] = key
+        parts = _as_the_host_knows(update).tensors()
+        tensors[update.layer.is_main] |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     patched = model.clone()
     done = _patch(patched, tensors[True], keys[True], strength)
     patched_clip = clip.clone() if clip is not None else None
@@ -58,24 +59,24 @@ def apply_adapter(
     return patched, patched_clip, missing
 
 
-def _patched_key(base: Base, own: AdapterLayer) -> Key | None:
+def _patched_key(base: Base, update: AdapterLayer) -> Key | None:
     """Return the weight that a layer updates, or the weight beside the norm or bias; None if it has no place."""
-    name, shape = own.layer.name, own.layer.shape
-    if isinstance(own, LoraXLayer):
+    name, shape = update.layer.name, update.layer.shape
+    if isinstance(update, LoraXLayer):
         return None
-    if isinstance(own, VectorLayer):
+    if isinstance(update, VectorLayer):
         vector = base.vectors.get(name)
         return f"{UNET}{vector.original.rpartition('.')[0]}.weight" if vector and vector.shape == shape else None
     layer = base.layers.get(name)
     if layer is not None:
-        return model_key(base, layer) if layer.matrix_shape == own.layer.matrix_shape else None
-    parts = base.layers.parts_of(own.layer)
-    return f"{UNET}{own.layer.original}.weight" if sum(part.shape[0] for part in parts) == shape[0] else None
+        return model_key(base, layer) if layer.matrix_shape == update.layer.matrix_shape else None
+    parts = base.layers.parts_of(update.layer)
+    return f"{UNET}{update.layer.original}.weight" if sum(part.shape[0] for part in parts) == shape[0] else None
 
 
-def _known(own: AdapterLayer) -> AdapterLayer:
+def _as_the_host_knows(update: AdapterLayer) -> AdapterLayer:
     """Return an update as one of a kind that the host knows: FouRA as the LoRA that it is."""
-    return LoraLayer(own.layer, *own.factors()) if isinstance(own, FouraLayer) else own
+    return LoraLayer(update.layer, *update.factors()) if isinstance(update, FouraLayer) else update
 
 
 def _patch(target: Model | Clip, tensors: Mapping[str, Tensor], keys: Mapping[str, Key], strength: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import comfy.model_management as management
 import comfy.sampler_helpers
@@ -13,25 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from ...lorax.errors import OptionError
+from ...lorax.train import LoraXLayers
 from .gradients import copies, differentiable, recomputing, teach_rotations
-from .models import Model
+from .types import Caption, Model
 
 # What makes a conditioning more than a caption of a whole picture.
 REGIONAL = {"control", "gligen", "hooks", "area", "mask", "start_percent", "end_percent"}
 # Asks the host for all of the device.
 ALL_MEMORY = 1e20
-Learning = TypeVar("Learning", bound=nn.Module)
 
 
 @contextmanager
 def training(
     model: Model,
-    pictures: Sequence[tuple[Tensor, Any]],
-    attach: Callable[[nn.Module], Learning],
+    pictures: Sequence[tuple[Tensor, Caption]],
+    attach: Callable[[nn.Module], LoraXLayers],
     *,
     dtype: torch.dtype,
     gradient_checkpointing: bool,
-) -> Generator[tuple[Learning, Callable[[Sequence[int]], Tensor]]]:
+) -> Generator[tuple[LoraXLayers, Callable[[Sequence[int]], Tensor]]]:
     """Load a MODEL whole, attach to it what shall learn, and let it take part in backward passes.
 
     Args:
@@ -71,7 +71,7 @@ def training(
         yield layers, loss
 
 
-def _picture(patcher: Any, latent: Tensor, entry: Any) -> tuple[Tensor, Any]:
+def _picture(patcher: Model, latent: Tensor, entry: Caption) -> tuple[Tensor, Any]:
     """Return a latent as the model sees it, `[1, ...]`, and its conditioning as the model reads it."""
     if strange := sorted(REGIONAL & entry[1].keys()):
         raise OptionError("a picture to train on has one plain caption", ", ".join(strange), "connect a plain prompt")
@@ -91,7 +91,7 @@ def _cloned(value: Any) -> Any:
     return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value
 
 
-def _loss(patcher: Any, pictures: Sequence[tuple[Tensor, Any]], dtype: torch.dtype) -> Tensor:
+def _loss(patcher: Model, pictures: Sequence[tuple[Tensor, Any]], dtype: torch.dtype) -> Tensor:
     sampling = patcher.model.model_sampling
     latent = torch.cat([latent for latent, _ in pictures])
     times = torch.rand(len(pictures))
@@ -106,7 +106,7 @@ def _loss(patcher: Any, pictures: Sequence[tuple[Tensor, Any]], dtype: torch.dty
     return ((denoised - latent) / slope).square().mean()
 
 
-def _denoised(patcher: Any, noisy: Tensor, sigma: Tensor, conds: Sequence[Any]) -> Tensor:
+def _denoised(patcher: Model, noisy: Tensor, sigma: Tensor, conds: Sequence[Any]) -> Tensor:
     """Return what the model makes of noisy latents, each with its own conditioning; what fits together at once."""
     parts = [comfy.samplers.get_area_and_mult(cond, noisy[i : i + 1], sigma[i : i + 1]) for i, cond in enumerate(conds)]
     found: dict[int, Tensor] = {}
