@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ RUNS = (
 )
 
 
-def hardware() -> dict[str, object]:
+def hardware() -> dict[str, Any]:
     """What the figures were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
@@ -48,7 +49,7 @@ def hardware() -> dict[str, object]:
     }
 
 
-def run(*words: str) -> dict[str, object]:
+def run(*words: str) -> dict[str, Any]:
     """Run one measurement in its own process."""
     command = [sys.executable, "-m", "benchmarks.measure", *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--works", nargs="+", choices=list(LIMITS), default=list(LIMITS))
     profile, device = (parsed := parser.parse_args()).profile, parsed.device
-    results: list[dict[str, object]] = []
+    results: list[dict[str, Any]] = []
     for work in parsed.works:
         with tempfile.TemporaryDirectory() as folder:
             channels = 320 if profile == "full" else 64

@@ -4,16 +4,16 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from demo.pruned import pruned_pair
-from demo.synthetic import base_tensors
+from demo.synthetic import base_tensors, resized, unet_of
 from lorax import Base, Cache, Engine, TransferOptions, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.models.families import families
+from lorax.options import Method
 
 from .memory import peak
 
@@ -30,9 +30,8 @@ def make(work: str, folder: Path, channels: int) -> None:
         _, _, truth = pruned_pair(folder, change=0.1, channels=channels, dtype=torch.float16)
     else:
         family, _, depth = work.partition(":")
-        shape = replace(families()[family], text_encoders=())
-        deeper = [blocks * int(depth or 1) for blocks in shape.unet.transformer_depth]
-        shape = replace(shape, unet=replace(shape.unet, model_channels=channels, transformer_depth=tuple(deeper)))
+        deeper = [blocks * int(depth or 1) for blocks in unet_of(families()[family]).transformer_depth]
+        shape = resized(families()[family], model_channels=channels, transformer_depth=tuple(deeper))
         for name, change in (("source", 0.0), ("target", 0.1)):
             save_file(base_tensors(shape, 1, change=change), folder / f"{name}.safetensors")
     (folder / "truth.json").write_text(json.dumps(truth))
@@ -52,7 +51,7 @@ def ours(folder: Path, method: str, device: str, who: str) -> dict[str, str]:
     adapter = load_adapter(folder / "lora.safetensors", source)
     engine = Engine(device, cache)
     result, report = transfer_adapter(
-        adapter, source, target, TransferOptions(method=method, fast=who == "ours-fast"), engine=engine
+        adapter, source, target, TransferOptions(method=Method(method), fast=who == "ours-fast"), engine=engine
     )
     save_adapter(result, folder / "out.safetensors")
     return {row.target: row.source for row in report.rows if row.target}

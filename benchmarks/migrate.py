@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -71,7 +72,7 @@ def copying(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
-def extrapolated(seconds: list[list[float]], size: float, prepared: float) -> dict[str, object]:
+def extrapolated(seconds: list[list[float]], size: float, prepared: float) -> dict[str, Any]:
     """Simulate a cluster: tasks with the measured times, drawn at random, each to the core that is free first.
 
     Assumptions: a core does a task in the time that it took here; the shared disk serves all at SHARED_DISK; the first
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--profile", choices=["full", "smoke"], default="full")
     profile = parser.parse_args().profile
     count, channels, sample = (200, 320, 4) if profile == "full" else (10, 64, 2)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         run("make", "sd1", place, str(channels))
@@ -151,7 +152,7 @@ def main() -> None:
         draw(rows)
 
 
-def draw(rows: list[dict[str, object]]) -> None:
+def draw(rows: list[dict[str, Any]]) -> None:
     """Draw files a second by number of workers."""
     figure, axes = plt.subplots(figsize=(6, 3.6), dpi=120, layout="constrained")
     for method, color in (("copy", "C0"), ("project", "C1")):

@@ -9,15 +9,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from demo.synthetic import base_tensors, falling
+from demo.synthetic import base_tensors, falling, resized, unet_of
 from lorax import Engine, compare_bases, open_base
 from lorax.linalg import decompose, leading_subspace
 from lorax.models.families import families
@@ -50,13 +50,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def attention(channels: int) -> list[Layer]:
-    family = families()["sdxl"]
-    unet = replace(family.unet, model_channels=channels)
-    shapes = {key.removesuffix(".weight"): shape for key, shape in unet.parameters().items() if key.endswith("weight")}
+    family = resized(families()["sdxl"], model_channels=channels)
+    parameters = unet_of(family).parameters().items()
+    shapes = {key.removesuffix(".weight"): shape for key, shape in parameters if key.endswith("weight")}
     return [layer for layer in family.layers(shapes) if layer.is_attention]
 
 
-def subspaces(layers: list[Layer], device: str) -> list[dict[str, object]]:
+def subspaces(layers: list[Layer], device: str) -> list[dict[str, Any]]:
     """Decompose every attention weight of an SDXL, in each way; errors against float64."""
     generator, rows = torch.Generator().manual_seed(0), []
     shapes = [layer.matrix_shape for layer in layers]
@@ -73,10 +73,9 @@ def subspaces(layers: list[Layer], device: str) -> list[dict[str, object]]:
     return rows
 
 
-def similarity(layers: list[Layer], channels: int, device: str) -> list[dict[str, object]]:
+def similarity(layers: list[Layer], channels: int, device: str) -> list[dict[str, Any]]:
     """Compare two SDXL, all pairs of a kind; the formula of pairwise SVDs is timed by shape and counted up."""
-    family = families()["sdxl"]
-    shape = replace(family, text_encoders=(), unet=replace(family.unet, model_channels=channels))
+    shape = resized(families()["sdxl"], model_channels=channels)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{name}.safetensors" for name in ("source", "target")]
         for path, change in zip(paths, (0.0, 0.1), strict=True):
@@ -95,7 +94,7 @@ def similarity(layers: list[Layer], channels: int, device: str) -> list[dict[str
             U = torch.randn(d, min(d, max(layer.matrix_shape[0] for layer in layers)), device=device)
             pairs += number**2 * min(seconds(lambda U=U: float((U.T @ U).square().sum())) for _ in range(3))
             count += number**2
-    rows: list[dict[str, object]] = [
+    rows: list[dict[str, Any]] = [
         {"who": "ours", "layers": 2 * len(layers), "seconds": took},
         {"who": "pairwise-svd", "layers": 2 * len(layers), "seconds": decomposed + pairs, "counted_up": True,
          "seconds_decomposing": decomposed, "seconds_comparing": pairs, "products": count},
@@ -104,9 +103,9 @@ def similarity(layers: list[Layer], channels: int, device: str) -> list[dict[str
     return rows
 
 
-def growth(device: str) -> dict[str, list[dict[str, object]]]:
+def growth(device: str) -> dict[str, list[dict[str, Any]]]:
     """Return time and memory of a transfer by number of layers and by width, and the time of a layer by rank."""
-    found: dict[str, list[dict[str, object]]] = {"layers": [], "width": [], "rank": []}
+    found: dict[str, list[dict[str, Any]]] = {"layers": [], "width": [], "rank": []}
     works = [("layers", f"sd1:{depth}", 160) for depth in LAYERS] + [("width", "sd1", width) for width in WIDTHS]
     for axis, work, channels in works:
         with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +122,7 @@ def growth(device: str) -> dict[str, list[dict[str, object]]]:
     return found
 
 
-def draw(found: dict[str, list[dict[str, object]]]) -> None:
+def draw(found: dict[str, list[dict[str, Any]]]) -> None:
     """Draw a picture for each axis."""
     names = {
         "layers": "attention layers (width 160 to 640)",

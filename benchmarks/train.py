@@ -14,6 +14,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -45,7 +46,7 @@ def unet() -> UNet2DConditionModel:
     )
 
 
-def measure(kind: str, rank: int) -> dict[str, object]:
+def measure(kind: str, rank: int) -> dict[str, Any]:
     """Train for a few steps in this process."""
     model = unet().requires_grad_(False)
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -56,7 +57,7 @@ def measure(kind: str, rank: int) -> dict[str, object]:
         learns = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=TARGETS))
     elif kind == "lora-x":
         learns = attach(model, rank=rank)
-    row: dict[str, object] = {"kind": kind, "rank": rank, "set_up_seconds": round(time.perf_counter() - start, 2)}
+    row: dict[str, Any] = {"kind": kind, "rank": rank, "set_up_seconds": round(time.perf_counter() - start, 2)}
     times = [(time.perf_counter(), time.process_time())]
 
     def tick(*_: object) -> None:
@@ -98,7 +99,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
         return
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for kind, rank in ROWS:
         command = [sys.executable, "-m", "benchmarks.train", kind, str(rank)]
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))

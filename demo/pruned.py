@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from lorax import Base, open_base
 from lorax.compare.matching import Assignment
 from lorax.models.families import families
 
-from .synthetic import SSD_1B, base_tensors
+from .synthetic import SSD_1B, base_tensors, resized, unet_of
 
 PREFIX = "model.diffusion_model."
 BLOCK = re.compile(r"(.*\.transformer_blocks\.)(\d+)(\..*)")
@@ -40,15 +39,14 @@ def pruned_pair(
     Returns:
         The source, the target, and for each module of the target (original path) that of the source that it was.
     """
-    family = families()["sdxl"]
-    family = replace(family, unet=replace(family.unet, model_channels=channels), text_encoders=())
-    pruned = replace(family, unet=replace(family.unet, **SSD_1B))
+    family = resized(families()["sdxl"], model_channels=channels)
+    pruned = resized(family, **SSD_1B)
     generator = torch.Generator().manual_seed(seed)
     source = base_tensors(family, 2 * seed + 1, dtype=dtype)
     kept: dict[str, list[int]] = {}
     target: dict[str, Tensor] = {}
     truth: dict[str, str] = {}
-    shapes = {PREFIX + key: shape for key, shape in pruned.unet.parameters().items()}
+    shapes = {PREFIX + key: shape for key, shape in unet_of(pruned).parameters().items()}
     for key, shape in shapes.items():
         place = key
         if found := BLOCK.fullmatch(key):

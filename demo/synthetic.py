@@ -4,13 +4,16 @@ They stand in for published models, which no registry ships. Their pictures woul
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lorax.models.families import Family, TextEncoder
+from lorax.models.unet import UNetConfig
 
 # SSD-1B (arXiv 2401.02677): SDXL with more than half of its transformer blocks and the middle one taken out.
 SSD_1B = {
@@ -33,13 +36,24 @@ def falling(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return ((left * spectrum) @ right).reshape(shape)
 
 
+def unet_of(family: Family) -> UNetConfig:
+    """Return the U-Net of a family that has one."""
+    assert family.unet is not None, family.label
+    return family.unet
+
+
+def resized(family: Family, **unet: Any) -> Family:
+    """Return a family whose U-Net has other sizes, without text encoders."""
+    return replace(family, unet=replace(unet_of(family), **unet), text_encoders=())
+
+
 def base_tensors(
     family: Family, seed: int, *, change: float = 0.0, dtype: torch.dtype = torch.float16, text_encoders: bool = True
 ) -> dict[str, Tensor]:
     """Return all tensors of a single-file checkpoint in the original naming.
 
     Args:
-        family: Whose names and shapes; replace its `unet` to get a narrower model.
+        family: Whose names and shapes; `resized` gives narrower models.
         seed: Equal seeds give equal models.
         change: Relative size of the noise that is added to each weight, as a fine-tune changes its base.
         dtype: Of the tensors.
@@ -56,13 +70,13 @@ def base_tensors(
             matrix += noise.mul_(change * matrix.norm() / math.sqrt(matrix.numel()))
         return matrix.to(dtype)
 
-    shapes = {f"model.diffusion_model.{key}": shape for key, shape in family.unet.parameters().items()}
+    shapes = {f"model.diffusion_model.{key}": shape for key, shape in unet_of(family).parameters().items()}
     for encoder in family.text_encoders if text_encoders else ():
         shapes |= {f"{encoder.checkpoint[0]}{key}": shape for key, shape in _text_parameters(encoder).items()}
     return {key: weight(key, shape) for key, shape in shapes.items()}
 
 
-def write_base(path: Path, family: Family, seed: int, **options: object) -> None:
+def write_base(path: Path, family: Family, seed: int, **options: Any) -> None:
     """Write `base_tensors` to a file."""
     save_file(base_tensors(family, seed, **options), path)
 

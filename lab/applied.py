@@ -1,7 +1,8 @@
 """Putting updates on the weights of a model, and taking them off again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,14 @@ from lorax.adapters import expand
 from lorax.models.base import module_place
 
 Deltas = Mapping[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @contextmanager
-def changed(model: nn.Module, deltas: Deltas, base: Base) -> Iterator[nn.Module]:
+def changed(model: Model, deltas: Deltas, base: Base) -> Generator[Model]:
     """Add updates to the weights, for as long as the `with` lasts."""
     modules = dict(model.named_modules())
-    weights = {name: modules[module_place(base.layers[name], modules)[0]].weight for name in deltas}
+    weights = {name: modules[module_place(base.layers[name], modules)[0]].get_parameter("weight") for name in deltas}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     with torch.no_grad():
         for name, weight in weights.items():

@@ -63,7 +63,7 @@ def _trained(name: str) -> dict[str, Tensor]:
         for group in optimizers[0].param_groups:
             group["lr"] = rate * min(1, (call + 1) / 100) * (1 + math.cos(math.pi * call / steps)) / 2
         chosen = torch.randint(len(pictures), (MODELS.batch,))
-        if name != "pruned":
+        if teacher is None or name != "pruned":
             return loss(model, pictures[chosen], tokens[chosen])
         x_t, t, x = noised(pictures[chosen])
         text = some_dropped(tokens[chosen])

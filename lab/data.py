@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,8 @@ def _make(path: Path) -> None:
         captions = [names[code] for code in shared]
         pictures = {style: np.stack([found[style][code]() for code in shared]) for style in STYLES}
         tokens, sentences = _read(captions, Path(folder))
-    np.savez_compressed(path, captions=json.dumps(captions), tokens=tokens, sentences=sentences, **pictures)
+    arrays: dict[str, Any] = {"captions": json.dumps(captions), "tokens": tokens, "sentences": sentences, **pictures}
+    np.savez_compressed(path, **arrays)
 
 
 def _package(style: str, folder: Path) -> dict[str, Callable[[], np.ndarray]]:
@@ -89,9 +91,11 @@ def _package(style: str, folder: Path) -> dict[str, Callable[[], np.ndarray]]:
     before, after = pattern.split("{}")
     with tarfile.open(archive) as tar:
         files = {
-            member.name.removeprefix("package/"): tar.extractfile(member).read()
+            member.name.removeprefix("package/"): content.read()
             for member in tar
-            if member.isfile() and member.name.removeprefix("package/").startswith(before)
+            if member.name.removeprefix("package/").startswith(before)
+            and member.isfile()
+            and (content := tar.extractfile(member))
         }
     return {
         _code(name.removeprefix(before).removesuffix(after)): lambda content=content: _picture(content, after)
@@ -103,7 +107,9 @@ def _package(style: str, folder: Path) -> dict[str, Callable[[], np.ndarray]]:
 def _names(folder: Path) -> dict[str, str]:
     archive = next(folder.glob("emoji-datasource-google-*.tgz"))
     with tarfile.open(archive) as tar:
-        entries = json.load(tar.extractfile("package/emoji.json"))
+        content = tar.extractfile("package/emoji.json")
+        assert content is not None, archive.name
+        entries = json.load(content)
     return {_code(entry["unified"]): entry["name"].lower() for entry in entries if entry["name"]}
 
 

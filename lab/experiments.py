@@ -91,7 +91,7 @@ RESIZED = [
     product("subspace-null", False, method="subspace-null"),
     *(Way(idea, idea) for idea in ("streams", "streams rescaled")),
 ]
-FIRST = Way("projected first", "projected first")
+TWICE = Way("projected first", "projected first")
 SHORT = [COPY, PROJECT, replace(ORTHOGONAL, draws=False), product("subspace-null", False, method="subspace-null")]
 DORA = [product("copy, direction", method="copy"), product("project, dense", method="project", dora="dense")]
 
@@ -111,7 +111,7 @@ def ways(kind: str, pair: str) -> list[Way]:
         return DORA
     if kind not in CEILINGS:
         return SHORT
-    return COMMON + (PUBLISHED if pair == "pruned" else []) + ([FIRST] if kind == "lora-16" else [])
+    return COMMON + (PUBLISHED if pair == "pruned" else []) + ([TWICE] if kind == "lora-16" else [])
 
 
 class Pair:
@@ -237,7 +237,9 @@ class Round:
             trained = tune(pair.models[1], kind, self.style, self.seed)
             with changed(pair.models[1], dense(trained, pair.target), pair.target) as model:
                 row = {"on": pair.name, "kind": kind, "way": "trained"}
-                self.references[pair.name, kind] = self.measure(model, row)
+                pictures = self.measure(model, row)
+                assert pictures is not None
+                self.references[pair.name, kind] = pictures
 
     def _moved(self, pair: Pair, kind: str, way: Way, adapter: Adapter, deltas: Deltas) -> None:
         row = {"on": pair.name, "kind": kind, "way": way.name}
@@ -321,7 +323,7 @@ def run_round(style: str, seed: int) -> None:
         return
     start = time.perf_counter()
     own = Round(style, seed)
-    found = own.run() | {"seconds": round(time.perf_counter() - start)}
+    found: dict[str, Any] = {**own.run(), "seconds": round(time.perf_counter() - start)}
     RESULTS.mkdir(exist_ok=True)
     if seed == 0:
         for pair in PAIRS:

@@ -91,13 +91,13 @@ def streams(source: Base, target: Base, assignment: Assignment) -> Maps:
 def _stream(source: Base, target: Base, assignment: Assignment, blocks: Mapping[str, Mapping[str, Layer]]) -> Maps:
     def weights(layer: Layer) -> tuple[Tensor, Tensor] | None:
         fed = assignment.source_of(layer.name)
-        return (source.weight(fed), target.weight(layer.name)) if fed in source.layers else None
+        return (source.weight(fed), target.weight(layer.name)) if fed and fed in source.layers else None
 
     pairs = {
-        (number, part): found
+        (number, part): both
         for number, block in blocks.items()
         for part, layer in block.items()
-        if (found := weights(layer)) is not None
+        if (both := weights(layer)) is not None
     }
     numbers = {number for number, _ in pairs}
     if not numbers:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from . import DEVICE, MODELS
@@ -33,7 +33,7 @@ def unet(name: str) -> UNet2DConditionModel:
         name: One of SIZES.
     """
     width, blocks = SIZES[name]
-    return UNet2DConditionModel(
+    model = UNet2DConditionModel(
         sample_size=SIDE,
         in_channels=3 * PATCH**2,
         out_channels=3 * PATCH**2,
@@ -45,10 +45,12 @@ def unet(name: str) -> UNet2DConditionModel:
         cross_attention_dim=768,
         attention_head_dim=4,
         norm_num_groups=16,
-    ).to(DEVICE)
+    )
+    nn.Module.to(model, DEVICE)  # that of diffusers is wrapped, without its types
+    return model
 
 
-def predict(model: UNet2DConditionModel, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+def predict(model: nn.Module, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
     """Return the picture seen in `x [b, 48, SIDE, SIDE]` at `t [b]`, 0 to 1, for captions `tokens [b, 12, 768]`."""
     return model(x, 1000 * t, tokens, return_dict=False)[0]
 
@@ -67,7 +69,7 @@ def error(predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return (predicted - x).square().mean((1, 2, 3)) / t.clamp_min(LEAST).square()
 
 
-def loss(model: UNet2DConditionModel, pictures: Tensor, tokens: Tensor) -> Tensor:
+def loss(model: nn.Module, pictures: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean error; a tenth of the captions is left out, for guidance."""
     x_t, t, x = noised(pictures)
     return error(predict(model, x_t, t, some_dropped(tokens)), x, t).mean()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, given, seed, settings
@@ -21,10 +22,22 @@ from .readers import Tally, read_adapter, read_assignment, read_base, read_train
 from .soak import soak
 
 RESULTS = Path(__file__).with_name("results")
+# A campaign may take its time over large files.
+UNCHECKED = (
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.large_base_example,
+    HealthCheck.filter_too_much,
+)
 
 
 def attack(
-    tally: Tally, files: st.SearchStrategy, path: Path, read: Callable[[Tally, Path, int], None], count: int, start: int
+    tally: Tally,
+    files: st.SearchStrategy[Any],
+    path: Path,
+    read: Callable[[Tally, Path, int], None],
+    count: int,
+    start: int,
 ) -> None:
     """Read `count` files that hypothesis draws, each written to `path`.
 
@@ -37,7 +50,7 @@ def attack(
         start: Equal numbers give equal files.
     """
 
-    @settings(deadline=None, max_examples=count, suppress_health_check=list(HealthCheck), database=None)
+    @settings(deadline=None, max_examples=count, suppress_health_check=UNCHECKED, database=None)
     @seed(start)
     @given(content=files, choice=st.integers(0, 1000))
     def one(content: bytes | str, choice: int) -> None:
@@ -57,22 +70,22 @@ def mutations(count: int, start: int, folder: Path, tallies: dict[str, Tally] | 
         tallies: Filled while it runs, for whoever interrupts it.
     """
     found = {} if tallies is None else tallies
-    pair = [open_base(seeds.base_file(folder / f"{i}.safetensors", change=0.2 * i)) for i in range(2)]
+    source, target = (open_base(seeds.base_file(folder / f"{i}.safetensors", change=0.2 * i)) for i in range(2))
     adapters = seeds.adapters()
     (folder / "adapter").mkdir()
     for kind, content in adapters.items():
         tally = found[f"adapter: {kind}"] = Tally()
         path = folder / "adapter" / "a.safetensors"
-        attack(tally, mutated(content), path, lambda t, p, c: read_adapter(t, p, *pair, c), count, start)
-    for name, files, path, read in documents_of(folder, pair, adapters["peft"]):
+        attack(tally, mutated(content), path, lambda t, p, c: read_adapter(t, p, source, target, c), count, start)
+    for name, files, path, read in documents_of(folder, source, target, adapters["peft"]):
         tally = found[name] = Tally()
         attack(tally, files, path, read, count, start)
     return found
 
 
 def documents_of(
-    folder: Path, pair: list[Base], adapter: bytes
-) -> list[tuple[str, st.SearchStrategy, Path, Callable[[Tally, Path, int], None]]]:
+    folder: Path, source: Base, target: Base, adapter: bytes
+) -> list[tuple[str, st.SearchStrategy[Any], Path, Callable[[Tally, Path, int], None]]]:
     """Return what is attacked beside adapters: a name, what draws its files, where they lie, who reads them."""
     lora = folder / "lora.safetensors"
     lora.write_bytes(seeds.adapters()["lora"])
@@ -80,25 +93,25 @@ def documents_of(
     peft = folder / "beside" / "adapter_model.safetensors"  # of which PEFT keeps the configuration beside it
     _, tensors = parse(adapter)  # without what its metadata says of scales
     peft.write_bytes(build({}, tensors))
-    whole = pair[0].files[0].read_bytes()
+    whole = source.files[0].read_bytes()
     sharded = seeds.base_folder(folder / "sharded")
     part = sharded / "unet" / seeds.shard(2)
     step = folder / "whole-step"
     seeds.training().save(step)
-    assignment = json.dumps(match_bases(*pair, "order").to_json())
+    assignment = json.dumps(match_bases(source, target, matching="order").to_json())
     configuration = (
         '{"r": 2, "lora_alpha": 4, "use_rslora": false, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 8}}'
     )
     return [
         ("checkpoint, one file", mutated(whole), folder / "b.safetensors",
-            lambda t, p, c: read_base(t, p, lora, pair[1], c)),
+            lambda t, p, c: read_base(t, p, lora, target, c)),
         ("checkpoint, a shard of a folder", mutated(part.read_bytes()), part,
-            lambda t, p, c: read_base(t, sharded, lora, pair[1], c)),
+            lambda t, p, c: read_base(t, sharded, lora, target, c)),
         ("checkpoint of a training", mutated(step.read_bytes()), folder / "step", lambda t, p, c: read_training(t, p)),
         ("assignment", documents((assignment,)), folder / "pairs.json",
-            lambda t, p, c: read_assignment(t, p, *pair)),
+            lambda t, p, c: read_assignment(t, p, source, target)),
         ("adapter_config.json", documents((configuration,)), folder / "beside" / "adapter_config.json",
-            lambda t, p, c: read_adapter(t, peft, *pair, c)),
+            lambda t, p, c: read_adapter(t, peft, source, target, c)),
     ]  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class Steps:
         buffered = io.BufferedWriter(raw)
         if "b" in mode:
             return buffered
-        return io.TextIOWrapper(buffered, *(options.get(name) for name in names[1:4]))
+        return io.TextIOWrapper(buffered, **{name: options[name] for name in names[1:4] if name in options})
 
 
 class _Written(io.FileIO):

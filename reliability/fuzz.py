@@ -5,6 +5,9 @@ checkpoint's), `keys` (names alone), `documents` (assignment, configuration). An
 result or a `LoraxError` is written to a file `crash-...` and ends the run.
 """
 
+# The types that typeshed has of atheris lack most of it, and atheris is an extra.
+# pyright: reportAttributeAccessIssue=false, reportMissingModuleSource=false
+
 import json
 import re
 import sys

@@ -25,7 +25,7 @@ from lorax import (
     transfer_adapter,
 )
 from lorax.inspect import describe
-from lorax.options import Method
+from lorax.options import Format, Method
 from lorax.train.state import random_state, set_random_state
 
 from . import seeds
@@ -101,7 +101,7 @@ def read_adapter(tally: Tally, path: Path, source: Base, target: Base, choice: i
     """Do with an adapter file all that the product does: inspect, load, transfer, convert, save."""
     tally.files += 1
     method, naming = list(Method)[choice % len(Method)], NAMINGS[choice % len(NAMINGS)]
-    form = ("lora", "lora-x")[choice // 7 % 2]
+    form = list(Format)[choice // 7 % 2]
     engine = Engine(cache=Cache(path.parent / "cache", 2**24)) if choice % 5 == 0 else Engine()
 
     def moved() -> None:
@@ -135,9 +135,7 @@ def read_base(tally: Tally, path: Path, adapter: Path, other: Base, choice: int)
     def moved() -> None:
         pair = (open_base(path), other) if choice % 2 else (other, open_base(path))
         method = list(Method)[choice % len(Method)]
-        result, _ = transfer_adapter(
-            load_adapter(adapter, pair[0]), *pair, TransferOptions(method=method, rank=4, matching="auto")
-        )
+        result, _ = transfer_adapter(load_adapter(adapter, pair[0]), *pair, TransferOptions(method=method, rank=4))
         save_adapter(result, adapter.with_name("moved"), naming=NAMINGS[choice % len(NAMINGS)])
 
     calls = (lambda: describe(path), compared, moved)

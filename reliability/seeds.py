@@ -101,8 +101,8 @@ def _adapters() -> dict[str, tuple[dict[str, Tensor], dict[str, str] | None]]:
             peft,
             {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"to_q": 2}}'},
         ),
-        "loha": (kohya(QUERY, **loha), None),
-        "loha with a middle": (kohya(CONV, **tucker), None),
+        "loha": (kohya(QUERY, 2.0, **loha), None),
+        "loha with a middle": (kohya(CONV, 2.0, **tucker), None),
         "lokr": (kohya(QUERY, lokr_w1=n(4, 4), lokr_w2_a=n(8, 2), lokr_w2_b=n(2, 8)), None),
         "lokr with a middle": (
             kohya(CONV, lokr_w1=n(4, 4), lokr_w2_a=n(2, 8), lokr_w2_b=n(2, 8), lokr_t2=n(2, 2, 3, 3)),

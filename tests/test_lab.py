@@ -12,6 +12,7 @@ stats = pytest.importorskip("scipy.stats")
 
 from lab import RESULTS, ideas
 from lab.applied import changed, dense
+from lab.experiments import PAIRS, ways
 from lab.model import SIZES, generate, held_out_loss, unet
 from lab.report import Results, spearman, told
 from lorax import Adapter, LoraLayer
@@ -63,6 +64,13 @@ def test_each_idea_moves_an_update_onto_its_own_base_unchanged():
     torch.testing.assert_close(ideas.effect_kept(dW, W, 2 * W), 2 * dW)
     kept = ideas.soft(dW, W, W)
     assert 0.1 < float(kept.norm() / dW.norm()) < 1
+
+
+def test_each_adapter_is_moved_in_the_ways_of_the_published_rounds():
+    rows = json.loads((RESULTS / "fluent-0.json").read_text())["rows"]
+    for kind, pair in {(row["kind"], row["on"]) for row in rows if row["kind"] and row["on"] in PAIRS}:
+        moved = [row["way"] for row in rows if (row["kind"], row["on"]) == (kind, pair) and row["way"] != "trained"]
+        assert sorted(way.name for way in ways(kind, pair)) == sorted(moved), (kind, pair)
 
 
 def test_updates_come_off_again(models):
