@@ -54,6 +54,12 @@ def test_the_grade_is_by_the_norm_that_arrives(norm, grade):
     assert report(moved(1, norm)).grade is grade
 
 
+def test_the_words_of_the_schema_are_those_of_the_code():
+    words = REPORT_SCHEMA["$defs"]
+    assert words["outcome"]["enum"] == list(map(str, Outcome))
+    assert words["transfer"]["properties"]["grade"]["enum"] == list(map(str, Grade))
+
+
 def test_what_the_target_does_already_is_no_loss():
     row = Row(LAYER, LAYER, Outcome.TRANSFERRED, "orthogonal", source_norm=1.0, target_norm=0.3)
     found = report(row)

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from lorax.compare.matching import Assignment, match_bases
 from lorax.compare.scores import ScoreTable
 from lorax.compare.similarity import KindSimilarity, Similarity
 from lorax.models.layers import Layer
+from lorax.show.pictures import VIRIDIS
 from lorax.show.view import MOST_CELLS, similarity_view
 from lorax.transfer.report import ARRIVED
 from tests.scored import layout
@@ -79,6 +81,11 @@ def test_pairs_follow_the_assignment_and_what_is_not_fed_has_no_source(bases):
     assert fed[f"{first}.attn1.to_q"] == f"{second}.attn1.to_q"
     assert fed[f"{second}.attn1.to_q"] is None
     assert [pair for pair in view["pairs"] if pair[1] is None and pair[2:] != [None] * 3] == []
+
+
+def test_pictures_and_views_have_one_scale_of_colours():
+    script = (Path(__file__).parents[1] / "web/colours.js").read_text(encoding="utf-8").partition("];")[0]
+    assert [tuple(map(int, rgb)) for rgb in re.findall(r"\[(\d+), (\d+), (\d+)\]", script)] == [*map(tuple, VIRIDIS)]
 
 
 def test_sdxl_fits_into_a_workflow_file():

@@ -1,8 +1,10 @@
+import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
 
-import { keptShares, outcomes, readReport, reportText, shortLayer } from "../../web/report_data.js";
+import { keptShares, outcomes, readReport, reportText, shortLayer, SIGNS } from "../../web/report_data.js";
 import { packReport } from "../../web/report_pack.js";
 import { Problem } from "../../web/checks.js";
+import { ENGLISH } from "../../web/texts.js";
 import { report } from "./sources.js";
 
 test("a report comes back from the workflow file as it was, numbers to four digits", () => {
@@ -85,6 +87,14 @@ test("layers and those that arrived are as the report counts them: several rows 
 test("the grade is the report's, whatever norm was kept", () => {
   const found = readReport({ ...report(["transferred"]), retained_norm: 0.3, grade: "strong", left_out: true });
   expect([found.kept, found.grade, found.leftOut]).toEqual([0.3, "strong", true]);
+});
+
+test("the words of a report are those of its schema, and each has a text", () => {
+  const file = new URL("../../lorax/transfer/report.schema.json", import.meta.url);
+  const { outcome, transfer } = JSON.parse(readFileSync(file, "utf8")).$defs;
+  expect(Object.keys(SIGNS)).toEqual(outcome.enum);
+  for (const grade of transfer.properties.grade.enum) expect(readReport({ ...report(), grade }).grade).toBe(grade);
+  for (const key of [...outcome.enum, ...transfer.properties.grade.enum]) expect(ENGLISH).toHaveProperty([key]);
 });
 
 test("outcomes are counted in a fixed order", () => {
