@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax.models.families import Family, TextEncoder
+from lorax.models.family import Family, TextEncoder
 from lorax.models.unet import UNetConfig
+from lorax.models.unetfamily import UNetFamily
 
 # SSD-1B (arXiv 2401.02677): SDXL with more than half of its transformer blocks and the middle one taken out.
 SSD_1B = {
@@ -38,7 +39,7 @@ def falling(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def unet_of(family: Family) -> UNetConfig:
     """Return the U-Net of a family that has one."""
-    assert family.unet is not None, family.label
+    assert isinstance(family, UNetFamily), family.label
     return family.unet
 
 

@@ -8,7 +8,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from demo.synthetic import base_tensors
-from lorax.models.families import Family, families
+from lorax.models.families import families
+from lorax.models.family import Family
 from lorax.models.unet import UNetConfig
 from lorax.train.state import Checkpoint
 

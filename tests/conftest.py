@@ -21,7 +21,8 @@ from demo.synthetic import base_tensors
 from lorax import Base, TransferOptions, cli, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.entry import ENDINGS
 from lorax.migration import Task, plan_folder
-from lorax.models.families import Family, families
+from lorax.models.families import families
+from lorax.models.family import Family
 from lorax.models.unet import UNetConfig
 from tests.library import BROKEN, contents
 

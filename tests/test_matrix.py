@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from demo.synthetic import SSD_1B
 from lorax import load_adapter, open_base, save_adapter
 from lorax.models.base import loaded_base
-from lorax.models.families import Family, families
+from lorax.models.families import families
+from lorax.models.family import Family
 from lorax.models.layers import flatten
 from lorax.models.unet import diffusers_to_ldm
 from tests.models import MODELS, SWAPPED, Checkpoint, original_shapes, shapes_of
@@ -168,7 +169,7 @@ def is_chosen(path, shape, chosen, found):
     in_block = (any(part.isdigit() for part in path.split(".")) and "blocks" in path) or path.startswith("layers.")
     if chosen == "attention":
         return "attn" in path or "attention" in path
-    if found.family.unet is not None:
+    if found.family.component == "unet":
         return (len(shape) == 2) == (chosen == "linear layers")
     if chosen == "others":
         return not in_block
@@ -179,7 +180,7 @@ def adapter_file(name, naming, chosen, path):
     """Write an adapter; return what each layer must get: up, down, alpha."""
     found = model(name)
     prefix, is_original, is_flat, up_name, down_name = NAMINGS[naming]
-    if found.family.unet is not None:
+    if found.family.component == "unet":
         prefix = {"transformer.": "unet.", "lora_transformer_": "lora_unet_"}.get(prefix, prefix)
     paths = {p for p, shape in found.shapes.items() if is_chosen(p, shape, chosen, found)}
     spelled = {p: (shape, [(p, slice(None))]) for p, shape in found.shapes.items() if p in paths}

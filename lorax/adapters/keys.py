@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from ..models.families import Family
+from ..models.family import Family
 from ..models.layers import Layer, flatten, unwrapped
 from .kinds import KINDS
 
@@ -164,7 +164,7 @@ def indexed_layers(family: Family, component: str) -> list[Layer]:
         family: The family of the base.
         component: `unet` or `text_encoder`.
     """
-    if family.unet is None:
+    if family.component != "unet":
         return []
     layers = [layer for layer in family.table.values() if layer.component == component and layer.is_attention]
     if component != "unet":

@@ -10,7 +10,7 @@ from ..compute.engine import CPU, Engine
 from ..errors import MismatchError
 from ..linalg import refactor
 from ..models.base import Base
-from ..models.families import Family
+from ..models.family import Family
 from .diff import VectorLayer
 from .layer import AdapterLayer, check_finite
 from .lora_x import LoraXLayer
@@ -81,7 +81,7 @@ class Adapter:
         """
         updates = self._updates()
         widths = text_widths(updates)
-        if base.family.unet is not None and widths - {base.family.unet.context_dim}:
+        if base.family.text_width and widths - {base.family.text_width}:
             made_for = self.family_label or f"a family of text width {min(widths)}"
             raise MismatchError(
                 "the adapter and the base model are of different families",

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..errors import FormatError
 from ..models.base import Base
-from ..models.families import Family, families
+from ..models.families import families
+from ..models.family import Family
 from ..models.layers import MAIN, Layer, flatten, is_swapped, reads_text
 from .combine import total, with_halves_swapped
 from .keys import ENCODER_KINDS, indexed_layers
@@ -112,7 +113,7 @@ def families_of(updates: Iterable[Update]) -> tuple[Family, ...]:
     """
     updates = [update for update in updates if not update.parameter]
     if widths := text_widths(updates):
-        return tuple(f for f in families().values() if f.unet is not None and widths == {f.unet.context_dim})
+        return tuple(f for f in families().values() if widths == {f.text_width})
     found = {family: _fitted(updates, family) for family in families().values()}
     if not any(found.values()):
         return ()

@@ -13,7 +13,7 @@ from ..errors import NumericsError
 from ..files.output import check_output, write_bytes
 from ..files.tensorfile import serialize
 from ..linalg import all_finite
-from ..models.families import Family
+from ..models.family import Family
 from ..models.layers import Layer, is_swapped
 from ..options import Naming, choice
 from .combine import whole, with_halves_swapped

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import FormatError, NumericsError
 from .basefiles import ADAPTER_KEY, Stored, Tensors, open_components
-from .families import UNKNOWN, Family, Shapes, families, recognise
+from .families import UNKNOWN, families, recognise
+from .family import Family, Shapes
 from .layers import MAIN, Layer, LayerTable, Rows, is_swapped
 
 if TYPE_CHECKING:
