@@ -7,8 +7,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
 FIGURES: dict[str, float] = {}
 
 
@@ -22,7 +20,3 @@ def agree(oracle, ours, theirs, limit=1e-5):
         Path(path).write_text(json.dumps(dict(sorted((kept | FIGURES).items())), indent=1) + "\n")
     assert difference < limit, oracle
     assert float(theirs.norm()) > 1e-3, "the oracle did nothing"
-
-
-def random(*shape, seed=0, scale=1.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 31 * len(shape)))

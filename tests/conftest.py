@@ -25,6 +25,7 @@ from lorax.models.families import families
 from lorax.models.family import Family
 from lorax.models.unet import UNetConfig
 from tests.library import BROKEN, contents
+from tests.tensors import lora_tensors
 
 # In CI the same examples every time; on a developer's machine new ones.
 settings.register_profile("ci", derandomize=True)
@@ -57,22 +58,6 @@ def small_base(path: Path, seed: int = 1, change: float = 0.0, text: bool = True
     tensors = base_tensors(small_family(**unet), seed, change=change, dtype=torch.float32, text_encoders=text)
     save_file(tensors, path)
     return open_base(path)
-
-
-def lora_tensors(base: Base, rank: int = 4, seed: int = 0, alpha: float = 2.0) -> dict[str, torch.Tensor]:
-    """A LoRA in kohya naming for every attention layer and every 3x3 convolution of a base."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for layer in base.layers.values():
-        if layer.is_attention or layer.kind in ("conv1", "ff.net.proj", "proj_in"):
-            prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[layer.component]
-            module = prefix + layer.path.replace(".", "_")
-            tail = (1,) * len(layer.shape[2:])
-            up = torch.randn(layer.shape[0], rank, *tail, generator=generator)
-            tensors[f"{module}.lora_up.weight"] = up
-            tensors[f"{module}.lora_down.weight"] = torch.randn(rank, *layer.shape[1:], generator=generator)
-            tensors[f"{module}.alpha"] = torch.tensor(alpha)
-    return tensors
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from lorax.adapters import (
     OftLayer,
 )
 from lorax.models.layers import Layer
+from tests.tensors import randn
 
 W = 16
 NAME = "transformer.transformer_blocks.0.attn.to_q"
@@ -55,25 +56,25 @@ def flux_bases(folder):
     return open_base(folder / "source.safetensors"), open_base(folder / "target.safetensors")
 
 
-def random(*shape, seed=0):
-    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+def small(*shape, seed=0):
+    return 0.1 * randn(*shape, seed=seed)
 
 
 def kinds(layer):
     """An update of every kind for one layer."""
     m, n = layer.matrix_shape
-    up, down = random(m, 2), random(2, n)
-    wide = 1 + random(1, n).abs()
+    up, down = small(m, 2), small(2, n)
+    wide = 1 + small(1, n).abs()
     return {
         "lora": LoraLayer(layer, up, down, 1.0),
-        "dora": LoraLayer(layer, up, down, 1.0, dora_scale=1 + random(m, 1).abs()),
+        "dora": LoraLayer(layer, up, down, 1.0, dora_scale=1 + small(m, 1).abs()),
         "dora by input": LoraLayer(layer, up, down, 1.0, dora_scale=wide),
-        "loha": LohaLayer(layer, random(m, 2), random(2, n), random(m, 2, seed=1), random(2, n, seed=1), 2.0),
-        "lokr": LokrLayer.read(layer, {"lokr_w1": random(4, 4), "lokr_w2": random(m // 4, n // 4)}),
-        "glora": GloraLayer(layer, random(n, 2, seed=2), random(2, n, seed=3), up, down, 2.0),
-        "oft": OftLayer.read(layer, {"oft_blocks": random(4, m // 4, m // 4)}, 0.0),
-        "boft": BoftLayer.read(layer, {"oft_blocks": random(2, m // 4, 4, 4)}, 0.0),
-        "diff": DiffLayer(layer, random(m, n)),
+        "loha": LohaLayer(layer, small(m, 2), small(2, n), small(m, 2, seed=1), small(2, n, seed=1), 2.0),
+        "lokr": LokrLayer.read(layer, {"lokr_w1": small(4, 4), "lokr_w2": small(m // 4, n // 4)}),
+        "glora": GloraLayer(layer, small(n, 2, seed=2), small(2, n, seed=3), up, down, 2.0),
+        "oft": OftLayer.read(layer, {"oft_blocks": small(4, m // 4, m // 4)}, 0.0),
+        "boft": BoftLayer.read(layer, {"oft_blocks": small(2, m // 4, 4, 4)}, 0.0),
+        "diff": DiffLayer(layer, small(m, n)),
         "foura": FouraLayer.read(
             layer, {"foura_up": up, "foura_down": down, "foura_gate": torch.tensor([1.0, 0.5])}, 2.0
         ),
@@ -82,7 +83,3 @@ def kinds(layer):
 
 def adapter_of(*layers, naming="kohya", family=None):
     return Adapter("a.safetensors", family, naming, {own.layer.name: own for own in layers})
-
-
-def dense(own, base):
-    return own.delta_weight(base.weight(own.layer.name) if own.needs_weight else None).double()

@@ -16,18 +16,9 @@ from lorax.adapters import (
     OftLayer,
 )
 from lorax.models.families import UNKNOWN
+from tests.tensors import randn
 
 NAME = "transformer.blocks.0.attn.to_q"
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def with_spectrum(m, n, values, seed=0):
-    p = len(values)
-    U, V = (torch.linalg.qr(randn(size, p, seed=seed + i))[0] for i, size in enumerate((m, n)))
-    return (U * torch.as_tensor(values, dtype=torch.float64)) @ V.T
 
 
 def one_layer(name, weight):
@@ -35,32 +26,28 @@ def one_layer(name, weight):
     return Base(name, UNKNOWN, LayerTable([Layer(NAME, tuple(weight.shape))]), lambda _: weight)
 
 
-def random(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
 def updates(shape, k, alpha, seed, source):
     """An update of each kind of a weight of this shape."""
     layer, m, n = Layer(NAME, shape), shape[0], math.prod(shape[1:])
-    up, down, gate = random(seed, m, k), random(seed + 1, k, n), random(seed + 2, k)
+    up, down, gate = randn(m, k, seed=seed), randn(k, n, seed=seed + 1), randn(k, seed=seed + 2)
     found = {
         "lora": LoraLayer(layer, up, down, alpha),
         "foura": FouraLayer(layer, up, down, gate, alpha),
-        "loha": LohaLayer(layer, up, down, random(seed + 3, m, k), random(seed + 4, k, n), alpha),
-        "lokr": LokrLayer.read(layer, {"lokr_w1": random(seed, 1, 1), "lokr_w2": random(seed, *shape)}),
-        "diff": DiffLayer(layer, random(seed, *shape)),
-        "oft": OftLayer(layer, 0.3 * random(seed, 1, m, m)),
+        "loha": LohaLayer(layer, up, down, randn(m, k, seed=seed + 3), randn(k, n, seed=seed + 4), alpha),
+        "lokr": LokrLayer.read(layer, {"lokr_w1": randn(1, 1, seed=seed), "lokr_w2": randn(*shape, seed=seed)}),
+        "diff": DiffLayer(layer, randn(*shape, seed=seed)),
+        "oft": OftLayer(layer, 0.3 * randn(1, m, m, seed=seed)),
         "glora": GloraLayer(
-            layer, random(seed, shape[1], k), random(seed, k, shape[1]), up, down.reshape(k, *shape[1:]), alpha
+            layer, randn(shape[1], k, seed=seed), randn(k, shape[1], seed=seed), up, down.reshape(k, *shape[1:]), alpha
         ),
     }
     if len(shape) > 2:
-        mid, inner = random(seed, k, k, *shape[2:]), random(seed, k, shape[1])
+        mid, inner = randn(k, k, *shape[2:], seed=seed), randn(k, shape[1], seed=seed)
         found["lora cp"] = LoraLayer(layer, up, inner, alpha, lora_mid=mid)
     directions = len(triplets(source, min(m, n))[1])
     if directions:
         base = one_layer("s", source)
-        found["lora-x"] = LoraXLayer(layer, random(seed, min(k, directions)), base.fingerprint(NAME))
+        found["lora-x"] = LoraXLayer(layer, randn(min(k, directions), seed=seed), base.fingerprint(NAME))
     return found
 
 

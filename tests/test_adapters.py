@@ -30,7 +30,7 @@ from lorax.adapters.keys import ROLES, indexed_layers, parse
 from lorax.models.base import loaded_base
 from lorax.models.families import UNKNOWN, families
 from lorax.models.layers import Layer, LayerTable
-from tests.conftest import lora_tensors
+from tests.tensors import lora_tensors, randn, same
 
 QKV = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 LDM = "input_blocks.1.1.transformer_blocks.0.attn1"
@@ -287,10 +287,10 @@ def test_lora_x_round_trip_is_exact_inside_its_family(tmp_path, bases):
     for name, own in layers.items():
         U, _, Vh = torch.linalg.svd(source.weight(name).double(), full_matrices=False)
         naive = (U[:, :16] * own.delta.double()) @ Vh[:16]
-        torch.testing.assert_close(lora.layers[name].delta_weight().double(), naive, rtol=0, atol=1e-4)
+        same(lora.layers[name].delta_weight(), naive)
     back, shares = convert_to_lora_x(lora, source, rank=16)
     for name, own in layers.items():
-        torch.testing.assert_close(back.layers[name].delta, own.delta, rtol=0, atol=1e-4)
+        same(back.layers[name].delta, own.delta)
         assert shares[name] == pytest.approx(1, abs=1e-4)
 
 
@@ -410,22 +410,18 @@ def saved(path, tensors, **kwargs):
     return path
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 MODULE = f"lora_unet_{QKV.replace('.', '_')}_to_q"
 KINDS = {
-    "lora": {"lora_up.weight": random(320, 2), "lora_down.weight": random(2, 320), "alpha": torch.tensor(1.5)},
-    "dora": {"lora_up.weight": random(320, 2), "lora_down.weight": random(2, 320), "dora_scale": random(1, 320)},
-    "loha": {f"hada_w{i}_{x}": random(*s) for i in "12" for x, s in (("a", (320, 2)), ("b", (2, 320)))},
-    "lokr": {"lokr_w1": random(16, 16), "lokr_w2_a": random(20, 2), "lokr_w2_b": random(2, 20)},
-    "lokr of whole factors": {"lokr_w1": random(16, 16), "lokr_w2": random(20, 20), "alpha": torch.tensor(3.0)},
-    "glora": {f"{x}{i}.weight": random(*((320, 2) if i == 1 else (2, 320))) for x in "ab" for i in (1, 2)},
-    "oft": {"oft_blocks": random(40, 8, 8), "alpha": torch.tensor(0.0)},
-    "boft": {"oft_blocks": random(3, 40, 8, 8), "alpha": torch.tensor(0.0)},
-    "diff": {"diff": random(320, 320)},
-    "foura": {"foura_up.weight": random(320, 3), "foura_down.weight": random(3, 320), "foura_gate": random(3)},
+    "lora": {"lora_up.weight": randn(320, 2), "lora_down.weight": randn(2, 320), "alpha": torch.tensor(1.5)},
+    "dora": {"lora_up.weight": randn(320, 2), "lora_down.weight": randn(2, 320), "dora_scale": randn(1, 320)},
+    "loha": {f"hada_w{i}_{x}": randn(*s) for i in "12" for x, s in (("a", (320, 2)), ("b", (2, 320)))},
+    "lokr": {"lokr_w1": randn(16, 16), "lokr_w2_a": randn(20, 2), "lokr_w2_b": randn(2, 20)},
+    "lokr of whole factors": {"lokr_w1": randn(16, 16), "lokr_w2": randn(20, 20), "alpha": torch.tensor(3.0)},
+    "glora": {f"{x}{i}.weight": randn(*((320, 2) if i == 1 else (2, 320))) for x in "ab" for i in (1, 2)},
+    "oft": {"oft_blocks": randn(40, 8, 8), "alpha": torch.tensor(0.0)},
+    "boft": {"oft_blocks": randn(3, 40, 8, 8), "alpha": torch.tensor(0.0)},
+    "diff": {"diff": randn(320, 320)},
+    "foura": {"foura_up.weight": randn(320, 3), "foura_down.weight": randn(3, 320), "foura_gate": randn(3)},
 }
 
 
@@ -447,12 +443,12 @@ def test_the_differences_of_norms_and_biases(tmp_path, bases):
     block = "down_blocks.0.resnets.0"
     flat = f"lora_unet_{block.replace('.', '_')}"
     tensors = {
-        f"{flat}_norm1.w_norm": random(32),
-        f"{flat}_norm1.b_norm": random(32),
-        f"{flat}_norm2.b_norm": random(32),
-        f"{flat}_norm2.diff": random(32),
-        f"{flat}_conv1.diff": random(32, 32, 3, 3),
-        f"{flat}_conv1.diff_b": random(32),
+        f"{flat}_norm1.w_norm": randn(32),
+        f"{flat}_norm1.b_norm": randn(32),
+        f"{flat}_norm2.b_norm": randn(32),
+        f"{flat}_norm2.diff": randn(32),
+        f"{flat}_conv1.diff": randn(32, 32, 3, 3),
+        f"{flat}_conv1.diff_b": randn(32),
     }
     adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors), bases[0])
     names = {f"unet.{block}.{n}" for n in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "conv1.bias")}
@@ -469,18 +465,18 @@ def test_the_differences_of_norms_and_biases(tmp_path, bases):
 
 def test_a_bias_of_peft_has_the_scale_of_its_update(tmp_path):
     key = f"base_model.model.{QKV}.to_q"
-    tensors = {f"{key}.lora_B.weight": UP, f"{key}.lora_A.weight": DOWN, f"{key}.lora_B.bias": random(320)}
+    tensors = {f"{key}.lora_B.weight": UP, f"{key}.lora_A.weight": DOWN, f"{key}.lora_B.bias": randn(320)}
     saved(tmp_path / "adapter_model.safetensors", tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "r": 2}))
     layers = load_adapter(tmp_path / "adapter_model.safetensors").layers
-    torch.testing.assert_close(layers[f"unet.{QKV}.to_q.bias"].delta_weight(), 3 * random(320)[:, None])
+    torch.testing.assert_close(layers[f"unet.{QKV}.to_q.bias"].delta_weight(), 3 * randn(320)[:, None])
 
 
 def test_a_magnitude_of_peft_is_per_output_even_where_the_layer_is_square(tmp_path):
     key = f"base_model.model.{QKV}.to_q"
     tensors = {f"{key}.lora_B.weight": UP, f"{key}.lora_A.weight": DOWN}
     adapter = load_adapter(
-        saved(tmp_path / "a.safetensors", tensors | {f"{key}.lora_magnitude_vector": random(320).abs().reshape(1, 320)})
+        saved(tmp_path / "a.safetensors", tensors | {f"{key}.lora_magnitude_vector": randn(320).abs().reshape(1, 320)})
     )
     (own,) = adapter.layers.values()
     assert own.kind == "dora"
@@ -489,12 +485,12 @@ def test_a_magnitude_of_peft_is_per_output_even_where_the_layer_is_square(tmp_pa
 
 def test_a_whole_lokr_of_peft_is_scaled(tmp_path):
     key = f"base_model.model.{QKV}.to_q"
-    tensors = {f"{key}.lokr_w1": random(16, 16), f"{key}.lokr_w2": random(20, 20)}
+    tensors = {f"{key}.lokr_w1": randn(16, 16), f"{key}.lokr_w2": randn(20, 20)}
     saved(tmp_path / "adapter_model.safetensors", tensors)
     for config, scale in (({}, 1.0), ({"alpha": 4, "r": 32}, 1 / 8)):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         (own,) = load_adapter(tmp_path / "adapter_model.safetensors").layers.values()
-        torch.testing.assert_close(own.delta_weight(), torch.kron(random(16, 16), random(20, 20)) * scale)
+        torch.testing.assert_close(own.delta_weight(), torch.kron(randn(16, 16), randn(20, 20)) * scale)
 
 
 # The families whose blocks have this name.
@@ -505,14 +501,14 @@ SHARED_NAMES = "Chroma, FLUX.1, FLUX.2, HunyuanVideo or HunyuanVideo 1.5"
 def test_a_fused_weight_is_cut_and_put_together_again(tmp_path, naming):
     module = f"{FLUX}_qkv" if naming == "kohya" else "diffusion_model.double_blocks.3.img_attn.qkv"
     up, down = ("lora_up", "lora_down") if naming == "kohya" else ("lora_B", "lora_A")
-    tensors = {f"{module}.{up}.weight": random(24, 2), f"{module}.{down}.weight": random(2, 8)}
+    tensors = {f"{module}.{up}.weight": randn(24, 2), f"{module}.{down}.weight": randn(2, 8)}
     if naming == "kohya":
         tensors[f"{module}.alpha"] = torch.tensor(1.0)
     adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
     names = [f"transformer.transformer_blocks.3.attn.to_{part}" for part in "qkv"]
     assert (adapter.family_label, adapter.naming, list(adapter.layers)) == (SHARED_NAMES, naming, names)
     whole = torch.cat([own.delta_weight() for own in adapter.layers.values()])
-    torch.testing.assert_close(whole, tensors[f"{module}.{up}.weight"] @ random(2, 8) / (2 if naming == "kohya" else 1))
+    torch.testing.assert_close(whole, tensors[f"{module}.{up}.weight"] @ randn(2, 8) / (2 if naming == "kohya" else 1))
     save_adapter(adapter, tmp_path / "b.safetensors")
     written = load_file(tmp_path / "b.safetensors")
     assert written.keys() == tensors.keys()
@@ -532,8 +528,8 @@ def test_a_diffusers_file_becomes_a_kohya_file_without_loss(tmp_path):
     names = [f"transformer.single_transformer_blocks.37.attn.to_{part}" for part in "qkv"]
     names += ["transformer.single_transformer_blocks.37.proj_mlp"]
     rows = [8, 8, 8, 32]
-    tensors = {f"{n}.lora_B.weight": random(rows[i], 2, seed=i) for i, n in enumerate(names)}
-    tensors |= {f"{n}.lora_A.weight": random(2, 8, seed=9 + i) for i, n in enumerate(names)}
+    tensors = {f"{n}.lora_B.weight": randn(rows[i], 2, seed=i) for i, n in enumerate(names)}
+    tensors |= {f"{n}.lora_A.weight": randn(2, 8, seed=9 + i) for i, n in enumerate(names)}
     adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
     save_adapter(adapter, tmp_path / "b.safetensors", naming="kohya")
     written = load_file(tmp_path / "b.safetensors")
@@ -545,7 +541,7 @@ def test_a_diffusers_file_becomes_a_kohya_file_without_loss(tmp_path):
 
 
 def test_what_cannot_be_cut_stays_whole(tmp_path):
-    tensors = {f"{FLUX}_qkv.lokr_w1": random(4, 2), f"{FLUX}_qkv.lokr_w2": random(6, 4)}
+    tensors = {f"{FLUX}_qkv.lokr_w1": randn(4, 2), f"{FLUX}_qkv.lokr_w2": randn(6, 4)}
     adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
     (own,) = adapter.layers.values()
     assert (own.layer.name, own.layer.shape) == ("transformer.double_blocks.3.img_attn.qkv", (24, 8))
@@ -557,15 +553,15 @@ def test_what_cannot_be_cut_stays_whole(tmp_path):
 
 
 FUSED = {
-    "lora": {"lora_up.weight": random(24, 2), "lora_down.weight": random(2, 8), "alpha": torch.tensor(1.0)},
-    "dora": {"lora_up.weight": random(24, 2), "lora_down.weight": random(2, 8), "dora_scale": random(24, 1)},
-    "dora, by inputs": {"lora_up.weight": random(24, 2), "lora_down.weight": random(2, 8), "dora_scale": random(1, 8)},
-    "loha": {f"hada_w{i}_{x}": random(*s) for i in "12" for x, s in (("a", (24, 2)), ("b", (2, 8)))},
-    "lokr": {"lokr_w1": random(4, 2), "lokr_w2": random(6, 4)},
-    "oft": {"oft_blocks": random(3, 8, 8), "alpha": torch.tensor(0.0)},
-    "oft of another size": {"oft_blocks": random(2, 8, 8)},
-    "diff": {"diff": random(24, 8)},
-    "another size": {"lora_up.weight": random(20, 2), "lora_down.weight": random(2, 8)},
+    "lora": {"lora_up.weight": randn(24, 2), "lora_down.weight": randn(2, 8), "alpha": torch.tensor(1.0)},
+    "dora": {"lora_up.weight": randn(24, 2), "lora_down.weight": randn(2, 8), "dora_scale": randn(24, 1)},
+    "dora, by inputs": {"lora_up.weight": randn(24, 2), "lora_down.weight": randn(2, 8), "dora_scale": randn(1, 8)},
+    "loha": {f"hada_w{i}_{x}": randn(*s) for i in "12" for x, s in (("a", (24, 2)), ("b", (2, 8)))},
+    "lokr": {"lokr_w1": randn(4, 2), "lokr_w2": randn(6, 4)},
+    "oft": {"oft_blocks": randn(3, 8, 8), "alpha": torch.tensor(0.0)},
+    "oft of another size": {"oft_blocks": randn(2, 8, 8)},
+    "diff": {"diff": randn(24, 8)},
+    "another size": {"lora_up.weight": randn(20, 2), "lora_down.weight": randn(2, 8)},
 }
 
 
@@ -578,10 +574,10 @@ def test_read_without_its_base_an_adapter_becomes_there_what_it_is_with_it(tmp_p
     parameters = {f"{path}.weight": shape for path, shape in shapes.items()}
     parameters["double_blocks.3.img_attn.qkv.bias"] = (24,)
     base = loaded_base("flux", parameters, {}, lambda layer: torch.zeros(layer.shape))
-    tensors = {f"{module}.{part}": tensor for part, tensor in FUSED[kind].items()} | {f"{FLUX}_qkv.diff_b": random(24)}
+    tensors = {f"{module}.{part}": tensor for part, tensor in FUSED[kind].items()} | {f"{FLUX}_qkv.diff_b": randn(24)}
     tensors |= {
-        f"{FLUX}_proj.lora_up.weight": random(8, 2),
-        "lora_unet_double_blocks_2_img_attn_qkv.diff": random(24, 8),
+        f"{FLUX}_proj.lora_up.weight": randn(8, 2),
+        "lora_unet_double_blocks_2_img_attn_qkv.diff": randn(24, 8),
     }
     path = saved(tmp_path / "a.safetensors", tensors)
     ours, node = load_adapter(path, base), load_adapter(path).resolved(base)
@@ -603,8 +599,8 @@ def test_layers_that_are_changed_in_memory_are_what_counts(tmp_path, is_known):
     parameters = {f"{path}.weight": shape for path, shape in shapes.items()}
     base = loaded_base("flux", parameters, {}, lambda layer: torch.zeros(layer.shape))
     tensors = {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": tensor for part, tensor in FUSED["lora"].items()}
-    tensors |= {"transformer.transformer_blocks.0.attn.to_q.diff": random(8, 8, seed=1)}
-    tensors |= {"lora_unet_double_blocks_0_img_attn_proj.diff": random(8, 8)}
+    tensors |= {"transformer.transformer_blocks.0.attn.to_q.diff": randn(8, 8, seed=1)}
+    tensors |= {"lora_unet_double_blocks_0_img_attn_proj.diff": randn(8, 8)}
     adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors), base if is_known else None)
     q, k, v, out = (f"transformer.transformer_blocks.0.attn.to_{part}" for part in ("q", "k", "v", "out.0"))
     stronger = replace(adapter.layers[v], alpha=3.0)
@@ -612,7 +608,7 @@ def test_layers_that_are_changed_in_memory_are_what_counts(tmp_path, is_known):
     found = replace(adapter, layers=layers).resolved(base).layers
     assert found.keys() == layers.keys()
     for name, own in layers.items():
-        torch.testing.assert_close(found[name].delta_weight(), own.delta_weight(), rtol=0, atol=0)
+        same(found[name].delta_weight(), own.delta_weight())
     torch.testing.assert_close(found[v].delta_weight(), 3 * adapter.layers[v].delta_weight())
     assert replace(adapter, layers={k: adapter.layers[k]}).resolved(base).layers.keys() == {k}
 
@@ -637,7 +633,7 @@ def test_layers_that_are_changed_in_memory_are_what_counts(tmp_path, is_known):
     ],
 )
 def test_spellings_of_a_transformer(tmp_path, prefix, naming, name):
-    tensors = {f"{prefix}.lora_up.weight": random(8, 2), f"{prefix}.lora_down.weight": random(2, 8)}
+    tensors = {f"{prefix}.lora_up.weight": randn(8, 2), f"{prefix}.lora_down.weight": randn(2, 8)}
     adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
     assert (adapter.naming, list(adapter.layers)) == (naming, [name])
     save_adapter(adapter, tmp_path / "b.safetensors")
@@ -649,7 +645,7 @@ def test_spellings_of_a_transformer(tmp_path, prefix, naming, name):
 def test_xlabs_names_the_attention_by_number(tmp_path):
     key = "double_blocks.3.processor.proj_lora2"
     adapter = load_adapter(
-        saved(tmp_path / "a.safetensors", {f"{key}.down.weight": random(2, 8), f"{key}.up.weight": random(8, 2)})
+        saved(tmp_path / "a.safetensors", {f"{key}.down.weight": randn(2, 8), f"{key}.up.weight": randn(8, 2)})
     )
     assert list(adapter.layers) == ["transformer.transformer_blocks.3.attn.to_add_out"]
 
@@ -662,7 +658,7 @@ def test_xlabs_names_the_attention_by_number(tmp_path):
     ],
 )
 def test_the_t5_of_a_family(tmp_path, prefix, component):
-    tensors = {f"{prefix}.lora_up.weight": random(4096, 1), f"{prefix}.lora_down.weight": random(1, 4096)}
+    tensors = {f"{prefix}.lora_up.weight": randn(4096, 1), f"{prefix}.lora_down.weight": randn(1, 4096)}
     adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors | GUARD))
     assert f"{component}.encoder.block.2.layer.0.SelfAttention.q" in adapter.layers
 
@@ -675,8 +671,8 @@ def test_the_first_text_encoder_of_kohya_is_the_second_of_hunyuan_video(tmp_path
         ("lora_unet_txt_in_individual_token_refiner_blocks_1_self_attn_qkv", 8),
         ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 768),
     ):
-        tensors |= {f"{module}.lora_up.weight": random(3 * 8 if width == 8 else width, 1)}
-        tensors |= {f"{module}.lora_down.weight": random(1, width), f"{module}.alpha": torch.tensor(1.0)}
+        tensors |= {f"{module}.lora_up.weight": randn(3 * 8 if width == 8 else width, 1)}
+        tensors |= {f"{module}.lora_down.weight": randn(1, width), f"{module}.alpha": torch.tensor(1.0)}
     adapter = load_adapter(saved(tmp_path / "a.safetensors", tensors))
     assert "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj" in adapter.layers
     save_adapter(adapter, tmp_path / "b.safetensors", naming="kohya")
@@ -739,6 +735,6 @@ def test_an_alpha_of_0_is_an_update_without_effect_and_is_said(tmp_path):
     ],
 )
 def test_what_is_not_read_has_a_reason(tmp_path, key, words):
-    tensors = {f"{MODULE}.lora_up.weight": UP, f"{MODULE}.lora_down.weight": DOWN, f"{MODULE}.{key}": random(2, 3)}
+    tensors = {f"{MODULE}.lora_up.weight": UP, f"{MODULE}.lora_down.weight": DOWN, f"{MODULE}.{key}": randn(2, 3)}
     unused = load_adapter(saved(tmp_path / "a.safetensors", tensors)).unused
     assert words in unused[f"{MODULE}.{key}"]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from lorax import load_adapter
 from tests.commands import error_of
-from tests.conftest import REPORT_SCHEMA, lora_tensors, small_base
+from tests.conftest import REPORT_SCHEMA, small_base
+from tests.tensors import lora_tensors
 
 
 @pytest.fixture

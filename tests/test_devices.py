@@ -35,7 +35,7 @@ from lorax.train import attach, train
 from tests import every_kind as every
 from tests import single
 from tests.conftest import small_base
-from tests.naive import with_spectrum
+from tests.tensors import dense, randn, same, with_spectrum
 from tests.trainable import data, made
 
 pytestmark = pytest.mark.slow  # each computes twice
@@ -77,7 +77,7 @@ def loaded(bases, lora_file):
     return replace(adapter, layers=dict(list(adapter.layers.items())[::5]))
 
 
-def same(ours: Adapter, cpus: Adapter, source, tolerance: float) -> None:
+def same_updates(ours: Adapter, cpus: Adapter, source, tolerance: float) -> None:
     """Assert equal layers and equal updates, which came back to the CPU."""
     assert list(ours.layers) == list(cpus.layers)
     assert ours.layers
@@ -97,8 +97,8 @@ def test_each_method(bases, wide, loaded, method, engine, tolerance):
             loaded, bases[0], target, TransferOptions(method=method, rank=12), engine=engine
         )
         again, _ = transfer_adapter(loaded, bases[0], target, TransferOptions(method=method, rank=12), engine=engine)
-        same(first, expected, target, tolerance)
-        same(again, first, target, 0.0)
+        same_updates(first, expected, target, tolerance)
+        same_updates(again, first, target, 0.0)
         for ours, cpus in zip(report.rows, on_cpu.rows, strict=True):
             assert (ours.source, ours.target, ours.outcome) == (cpus.source, cpus.target, cpus.outcome)
             assert ours.retained_norm == pytest.approx(cpus.retained_norm, abs=tolerance, nan_ok=True)
@@ -120,12 +120,8 @@ def test_each_kind(flux, kind, is_fused, method, engine, tolerance):
     )
     assert ours.keys() == cpus.keys()
     for name, own in ours.items():
-        expected = every.dense(cpus[name], target)
-        assert float((every.dense(own, target) - expected).norm()) <= tolerance * float(expected.norm())
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        expected = dense(cpus[name], target)
+        assert float((dense(own, target) - expected).norm()) <= tolerance * float(expected.norm())
 
 
 @pytest.mark.parametrize("shape", [(300, 420), (420, 300)], ids=str)
@@ -134,7 +130,7 @@ def test_subspaces(shape, device, tolerance):
     for found in (decompose, leading_subspace):
         ours, cpus = (found(place, 100) for place in (weight.to(device), weight))
         assert {part.device.type for part in (ours.U, ours.S, ours.Vh)} == {device}
-        torch.testing.assert_close(ours.S.cpu(), cpus.S, rtol=tolerance, atol=0)
+        same(ours.S.cpu(), cpus.S, limit=tolerance)
         for basis, known in ((ours.U.cpu(), cpus.U), (ours.Vh.cpu().T, cpus.Vh.T)):
             assert float((basis @ basis.T - known @ known.T).norm()) <= tolerance * 10
 
@@ -145,7 +141,7 @@ def test_products_of_factors(device, tolerance):
         ours, expected = torch.mm(*work(device)).cpu(), torch.mm(*work("cpu"))
         assert float((ours - expected).norm()) <= tolerance * float(expected.norm())
     assert norm(B.to(device), A.to(device)) == pytest.approx(norm(B, A), rel=1e-6)
-    torch.testing.assert_close(polar(thick.to(device)).cpu(), polar(thick), rtol=0, atol=tolerance)
+    same(polar(thick.to(device)).cpu(), polar(thick), limit=tolerance)
 
 
 def test_the_fast_way(wide, device, tolerance):
@@ -158,7 +154,7 @@ def test_the_fast_way(wide, device, tolerance):
         transfer_adapter(adapter, wide, target, TransferOptions(method="project", rank=12), engine=Engine(at))[0]
         for at in (device, "cpu")
     ]
-    same(*found, target, 10 * tolerance)
+    same_updates(*found, target, 10 * tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -170,7 +166,7 @@ def test_bases_of_other_dtypes(bases, loaded, tmp_path, dtype, engine, tolerance
             transfer_adapter(loaded, bases[0], target, TransferOptions(method=method, rank=12), engine=e)[0]
             for e in (engine, CPU)
         ]
-        same(*found, target, tolerance)
+        same_updates(*found, target, tolerance)
 
 
 def scores(block, side):
@@ -187,7 +183,7 @@ def test_comparison(bases, wide, engine, tolerance):
 
 def test_conversion(bases, loaded, engine, tolerance):
     ours, cpus = (convert_to_lora_x(loaded, bases[0], rank=16, engine=e)[0] for e in (engine, CPU))
-    same(convert_to_lora(ours, bases[0]), convert_to_lora(cpus, bases[0]), bases[0], tolerance)
+    same_updates(convert_to_lora(ours, bases[0]), convert_to_lora(cpus, bases[0]), bases[0], tolerance)
 
 
 def test_a_cache_keeps_the_results_of_each_device_apart(bases, loaded, tmp_path, device):
@@ -197,8 +193,8 @@ def test_a_cache_keeps_the_results_of_each_device_apart(bases, loaded, tmp_path,
         transfer_adapter(loaded, *bases, TransferOptions(method="project", rank=12), engine=engine)[0]
         for engine in engines
     )
-    same(cached, filling, bases[1], 0.0)
-    same(on_cpu, expected, bases[1], 0.0)
+    same_updates(cached, filling, bases[1], 0.0)
+    same_updates(on_cpu, expected, bases[1], 0.0)
 
 
 def test_training(tmp_path, device):
@@ -217,7 +213,7 @@ def test_training(tmp_path, device):
         with torch.no_grad():
             for name, own in adapter.layers.items():
                 modules[name.removeprefix("transformer.")].weight += torch.mm(*expand(own, base)).to(device)
-        torch.testing.assert_close(model(x, text), after, rtol=1e-3, atol=1e-4)
+        same(model(x, text), after, limit=1e-3)  # CUDA convolves in TF32
         return result.losses, adapter
 
     losses, whole = run()
@@ -254,7 +250,7 @@ def test_where_a_device_fails_the_cpu_goes_on(bases, loaded, failing, error, cap
         lambda engine: transfer_adapter(loaded, *bases, TransferOptions(method="copy"), engine=engine),
         Engine(single.NAME),
     )
-    same(result, transfer_adapter(loaded, *bases, TransferOptions(method="copy"))[0], bases[1], 0.0)
+    same_updates(result, transfer_adapter(loaded, *bases, TransferOptions(method="copy"))[0], bases[1], 0.0)
     (line,) = caplog.messages
     assert line == f"single failed, the CPU does the work instead: {type(error).__name__}: " + str(error).split("\n")[0]
     assert not single.failures
@@ -329,8 +325,8 @@ def test_the_command_line(run, bases, lora_file, tmp_path):
     for name, words in {"auto": [], "cuda": ["--device", "cuda"], "cpu": ["--device", "cpu"]}.items():
         run("transfer", *files, *words, "-o", tmp_path / f"{name}.safetensors", "--method", "project", "--rank", 12)
     auto, cuda, cpu = (load_adapter(tmp_path / f"{name}.safetensors", bases[1]) for name in ("auto", "cuda", "cpu"))
-    same(auto, cuda, bases[1], 0.0)
-    same(cuda, cpu, bases[1], TOLERANCE["cuda"])
+    same_updates(auto, cuda, bases[1], 0.0)
+    same_updates(cuda, cpu, bases[1], TOLERANCE["cuda"])
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from lorax.adapters import (
     VectorLayer,
 )
 from lorax.models.layers import Layer
-from tests.agreement import agree, random
+from tests.agreement import agree
+from tests.tensors import randn
 
 lycoris = pytest.importorskip("lycoris.modules")
 peft = pytest.importorskip("peft")
@@ -83,7 +84,7 @@ def test_lycoris_acts_with_our_update(case):
     if module_class is lycoris.FullModule:
         module.apply_to()
     for number, parameter in enumerate(module.parameters()):
-        change = random(*parameter.shape, seed=number, scale=0.3).to(dtype)
+        change = (0.3 * randn(*parameter.shape, seed=number)).to(dtype)
         parameter.data += change if not number % 2 else change.abs()
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     layer = Layer("unet.x", shape)
@@ -113,8 +114,8 @@ def as_parts(state, kind):
 @pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.GroupNorm(2, 8)], ids=["LayerNorm", "GroupNorm"])
 def test_lycoris_norm_is_a_vector(norm):
     module = lycoris.NormModule("x", norm)
-    module.w_norm.data += random(8)
-    module.b_norm.data += random(8, seed=1)
+    module.w_norm.data += randn(8)
+    module.b_norm.data += randn(8, seed=1)
     weight, bias = module.get_diff_weight()
     for role, theirs in (("w_norm", weight), ("b_norm", bias)):
         ours = VectorLayer(Layer("unet.norm.weight", (8,)), module.state_dict()[role], role)
@@ -165,7 +166,7 @@ def test_peft_acts_with_our_update(case):
     weight = model.base_model.model.x.get_base_layer().weight.detach().clone()
     if getattr(config, "use_dora", False):
         vector = model.base_model.model.x.lora_magnitude_vector["default"].weight
-        vector.data *= 1 + 0.2 * random(*vector.shape)
+        vector.data *= 1 + 0.2 * randn(*vector.shape)
     parts = {}
     for key, tensor in peft.get_peft_model_state_dict(model).items():
         name = key.removeprefix("base_model.model.x.")

@@ -26,7 +26,8 @@ from lorax.adapters import (
 from lorax.adapters.convert import convert_to_lora
 from lorax.models.layers import Layer
 from tests.conftest import small_base
-from tests.every_kind import NAME, QKV, W, adapter_of, dense, flux, flux_bases, kinds, random
+from tests.every_kind import NAME, QKV, W, adapter_of, flux, flux_bases, kinds
+from tests.tensors import dense, randn, same
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_projected_each_kind_is_the_dense_formula_refactored(kind, bases):
         expected = best(expected, 3)
         assert "made a LoRA of rank 3" in report.rows[0].note
         assert result.layers[NAME].rank == 3
-    torch.testing.assert_close(dense(result.layers[NAME], target), expected, rtol=1e-4, atol=1e-5)
+    same(dense(result.layers[NAME], target), expected)
 
 
 @pytest.mark.parametrize("kind", kinds(Layer("x.y", (W, W))))
@@ -98,7 +99,7 @@ def test_as_lora_x_each_kind_is_the_change_of_the_targets_singular_values(kind, 
     U, _, Vh = torch.linalg.svd(target.weight(NAME).double())
     expected = (U[:, :8] * (U[:, :8].T @ dense(own, source) @ Vh[:8].T).diagonal()) @ Vh[:8]
     (lora,) = convert_to_lora(result, target).layers.values()
-    torch.testing.assert_close(dense(lora, target), expected, rtol=1e-4, atol=1e-5)
+    same(dense(lora, target), expected)
 
 
 @pytest.mark.parametrize("kind", kinds(QKV))
@@ -130,7 +131,7 @@ def test_an_update_that_cannot_be_cut_is_made_dense_and_cut(kind, bases):
     assert [row.source for row in report.rows] == [part.name for part in parts]
     for part, update in zip(parts, whole.split(W), strict=True):
         expected = naive_projection(update, target.weight(part.name), 8)
-        torch.testing.assert_close(dense(result.layers[part.name], target), expected, rtol=1e-4, atol=1e-5)
+        same(dense(result.layers[part.name], target), expected)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in kinds(QKV) if kind not in CUT])
@@ -181,7 +182,7 @@ def test_of_a_fused_weight_only_the_parts_that_are_fed_get_an_update(bases):
     )
     assert [row.outcome for row in report.rows] == [Outcome.TRANSFERRED, *[Outcome.NO_TARGET_LAYER] * 2]
     expected = own.delta_weight(bases[0].fused_weight(QKV))[:W].double()
-    torch.testing.assert_close(dense(result.layers[NAME], bases[1]), expected, rtol=1e-4, atol=1e-5)
+    same(dense(result.layers[NAME], bases[1]), expected)
 
 
 @pytest.mark.parametrize("kind", kinds(QKV))
@@ -195,7 +196,7 @@ def test_converted_each_kind_is_the_best_lora_of_the_rank(kind, bases):
             if layer is QKV and kind in CUT:
                 expected = expected[slice(*lora.layer.rows)]
             expected = expected if kind in THIN else best(expected, 3)
-            torch.testing.assert_close(lora.delta_weight().double(), expected, rtol=1e-3, atol=1e-5)
+            same(lora.delta_weight(), expected)
             assert isinstance(lora, LoraLayer)
 
 
@@ -215,7 +216,7 @@ def test_biases_follow_their_block_and_another_size_is_reported(bases, tmp_path)
     source, target = bases
     name = "transformer.single_transformer_blocks.1.proj_out.bias"
     assert name in source.vectors
-    own = VectorLayer(source.vectors[name], random(W), "diff_b")
+    own = VectorLayer(source.vectors[name], randn(W), "diff_b")
     result, report = transfer_adapter(adapter_of(own), source, target, TransferOptions(method="project"))
     assert torch.equal(result.layers[name].parts()["diff"], own.diff)
     assert report.rows[0].method == "copy"
@@ -236,14 +237,14 @@ def test_a_dora_keeps_the_ratio_of_its_magnitudes_or_moves_all_that_it_changes(b
     ratio = (before + dense(own, source)).norm(dim=1) / before.norm(dim=1)
     direction, _ = transfer_adapter(adapter_of(own), source, target)
     after = here + dense(direction.layers[NAME], target)
-    torch.testing.assert_close(after.norm(dim=1) / here.norm(dim=1), ratio, rtol=1e-4, atol=1e-4)
+    same(after.norm(dim=1) / here.norm(dim=1), ratio)
     whole, report = transfer_adapter(adapter_of(own), source, target, TransferOptions(dora="dense", lora_rank=W))
-    torch.testing.assert_close(dense(whole.layers[NAME], target), dense(own, source), rtol=1e-3, atol=1e-5)
+    same(dense(whole.layers[NAME], target), dense(own, source))
     assert report.rows[0].retained_norm == pytest.approx(1, abs=1e-4)
     # On its own base both are the very update.
     for dora in ("direction", "dense"):
-        same, _ = transfer_adapter(adapter_of(own), source, source, TransferOptions(dora=dora, lora_rank=W))
-        torch.testing.assert_close(dense(same.layers[NAME], source), dense(own, source), rtol=1e-3, atol=1e-5)
+        moved, _ = transfer_adapter(adapter_of(own), source, source, TransferOptions(dora=dora, lora_rank=W))
+        same(dense(moved.layers[NAME], source), dense(own, source))
 
 
 def test_a_dora_of_a_fused_weight_that_cannot_be_cut_moves_as_any_dora(bases):
@@ -255,12 +256,12 @@ def test_a_dora_of_a_fused_weight_that_cannot_be_cut_moves_as_any_dora(bases):
     direction, _ = transfer_adapter(adapter_of(own), source, target)
     (moved,) = direction.layers.values()
     after = here + moved.delta_weight(here)
-    torch.testing.assert_close(after.norm(dim=0) / here.norm(dim=0), ratio, rtol=1e-4, atol=1e-4)
+    same(after.norm(dim=0) / here.norm(dim=0), ratio)
     whole, _ = transfer_adapter(adapter_of(own), source, target, TransferOptions(dora="dense", lora_rank=W))
     arrived = torch.cat(
         [dense(whole.layers[part.name], target) for part in source.layers.find("transformer", QKV.original)]
     )
-    torch.testing.assert_close(arrived, own.delta_weight(before), rtol=1e-3, atol=1e-5)
+    same(arrived, own.delta_weight(before))
 
 
 @pytest.mark.parametrize("layer", [None, QKV], ids=["layer", "fused"])
@@ -323,4 +324,4 @@ def test_a_dora_written_for_a_linear_layer_fits_a_convolution_of_one_by_one(tmp_
     result, _ = transfer_adapter(adapter_of(own), source, target)
     ratio = (before + own.delta_weight(before)).norm(dim=1) / before.norm(dim=1)
     after = here + result.layers[layer.name].delta_weight(here)
-    torch.testing.assert_close(after.norm(dim=1) / here.norm(dim=1), ratio, rtol=1e-4, atol=1e-4)
+    same(after.norm(dim=1) / here.norm(dim=1), ratio)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from demo.synthetic import base_tensors
 from lorax import TransferOptions, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.models.families import families
-from tests.conftest import lora_tensors, small_base, small_family
+from tests.conftest import small_base, small_family
+from tests.tensors import lora_tensors, same
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -139,7 +140,7 @@ def test_diffusers_applies_the_transferred_update(tmp_path, bases, lora_file, na
     assert len(ours) > 30
     for path, change in seen.items():
         expected = ours.get(path, torch.zeros(1)).reshape(change.shape if path in ours else ())
-        torch.testing.assert_close(change, expected.expand(change.shape), rtol=1e-4, atol=1e-4)
+        same(change, expected.expand(change.shape))
 
 
 def test_diffusers_reads_kohyas_sdxl_spelling(tmp_path):
@@ -171,7 +172,7 @@ def test_diffusers_reads_kohyas_sdxl_spelling(tmp_path):
     for path, change in updates(unet, before).items():
         own = kept.get(f"unet.{path}")
         expected = own.delta_weight() if own else torch.zeros_like(change)
-        torch.testing.assert_close(change, expected.reshape(change.shape), rtol=1e-4, atol=1e-4)
+        same(change, expected.reshape(change.shape))
 
 
 def test_peft_applies_the_transferred_update(tmp_path, bases, lora_file):
@@ -195,7 +196,7 @@ def test_peft_applies_the_transferred_update(tmp_path, bases, lora_file):
         for path, change in updates(merged, before).items():
             own = result.layers.get(f"{prefix}{inner}{path}")
             expected = own.delta_weight().reshape(change.shape) if own else torch.zeros_like(change)
-            torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-4)
+            same(change, expected)
 
 
 def test_peft_writes_what_we_read(tmp_path):
@@ -206,10 +207,10 @@ def test_peft_writes_what_we_read(tmp_path):
     wrapped.save_pretrained(tmp_path)
     base = small_base(tmp_path / "base.safetensors", text=False)
     adapter = load_adapter(tmp_path / "adapter_model.safetensors", base)
-    for name, own in adapter.layers.items():
+    for own in adapter.layers.values():
         module = wrapped.base_model.model.get_submodule(own.layer.path)
         expected = module.get_delta_weight("default")
-        torch.testing.assert_close(own.delta_weight(), expected, rtol=1e-5, atol=1e-6, msg=name)
+        same(own.delta_weight(), expected)
     assert len(adapter.layers) == 2 * 2 * sum(".attn1.to_q" in name for name in base.layers)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from demo.synthetic import base_tensors
 from lorax import Cache, Engine, Outcome, TransferOptions, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.models.families import families
+from tests.tensors import same
 
 pytestmark = pytest.mark.slow  # bases of full size are made
 
@@ -61,8 +62,8 @@ def test_transfer_equals_the_published_formula_in_float64(full_size, published, 
         U, _, Vh = torch.linalg.svd(target.weight(name).double(), full_matrices=False)
         U, Vh = U[:, :320], Vh[:320]
         for (file, dtype), adapter in moved.items():
-            expected = U @ (U.T @ dense(given[file].layers[name]) @ Vh.T) @ Vh
-            error = torch.linalg.norm(dense(adapter.layers[name]) - expected) / torch.linalg.norm(expected)
+            expected = U @ (U.T @ product(given[file].layers[name]) @ Vh.T) @ Vh
+            error = torch.linalg.norm(product(adapter.layers[name]) - expected) / torch.linalg.norm(expected)
             worst[file, dtype] = max(worst[file, dtype], float(error))
     for (file, dtype), error in worst.items():
         # Half precision keeps 11 bits of each factor's entries, which alone makes a relative error of about 3e-4.
@@ -70,7 +71,7 @@ def test_transfer_equals_the_published_formula_in_float64(full_size, published, 
         assert error < (6e-4 if half else 1e-4), worst
 
 
-def dense(own):
+def product(own):
     return own.scale * own.lora_up.double() @ own.lora_down.double()
 
 
@@ -89,4 +90,4 @@ def test_the_result_loads_in_diffusers(full_size, published, tmp_path, naming):
         assert {f"unet.{name}" for name in wrapped} == set(layers)
         for name, module in wrapped.items():
             delta = module.get_delta_weight(path.stem.replace(".", "_"))
-            torch.testing.assert_close(delta, layers[f"unet.{name}"].delta_weight(), rtol=1e-4, atol=1e-6)
+            same(delta, layers[f"unet.{name}"].delta_weight())

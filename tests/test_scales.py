@@ -15,6 +15,7 @@ from lorax.adapters.config import HEADER_ALPHA
 from lorax.adapters.lora import fuse
 from lorax.adapters.pattern import Pattern, Patterns
 from lorax.models.layers import Layer
+from tests.tensors import randn, same
 
 PATHS = [
     "transformer_blocks.0.attn.to_q",
@@ -184,25 +185,19 @@ def test_what_is_written_beside_a_configuration_is_not_scaled_again(tmp_path, na
         expected = (
             adapter.layers[layer].delta_weight() if layer in adapter.layers else torch.zeros(own.layer.matrix_shape)
         )
-        torch.testing.assert_close(own.delta_weight(), expected, rtol=1e-6, atol=1e-6)
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        same(own.delta_weight(), expected)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6], ids="{:g}".format)
 @pytest.mark.parametrize(("alpha", "rank"), [(1.0, 128), (3.0, 128), (16.0, 6), (0.0, 4), (2.0**12, 4), (-1.0, 8)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
 def test_a_scale_within_the_factors_is_exact(size, alpha, rank, dtype):
-    own = LoraLayer(
-        Layer("x", (32, 16)), (random(32, rank) * size).to(dtype), random(rank, 16, seed=1).to(dtype), alpha
-    )
+    own = LoraLayer(Layer("x", (32, 16)), (randn(32, rank) * size).to(dtype), randn(rank, 16, seed=1).to(dtype), alpha)
     scaled = own.scaled()
     assert scaled.scale == 1
     expected = own.lora_up.double() @ own.lora_down.double() * (alpha / rank)
     got = scaled.lora_up.double() @ scaled.lora_down.double()
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=float(expected.abs().max()) * 1e-6)
+    same(got, expected)
     is_power = alpha == 0 or (alpha / rank) in {2.0**k for k in range(-20, 20)}
     if is_power and size > 1e-6 and dtype != torch.float8_e4m3fn:
         assert scaled.lora_up.dtype == scaled.lora_down.dtype == dtype
@@ -222,7 +217,7 @@ def test_what_is_written_in_half_precision_has_the_update_of_float64(tmp_path, n
     """Alpha 1 and rank 128 put small factors below what half precision holds."""
     layers = {}
     for seed, name in enumerate(("to_q", "to_k")):
-        up, down = (random(32, 128, seed=seed) * 1e-4).half(), random(128, 16, seed=9 + seed).half()
+        up, down = (randn(32, 128, seed=seed) * 1e-4).half(), randn(128, 16, seed=9 + seed).half()
         layers[f"transformer.{name}"] = LoraLayer(Layer(f"transformer.{name}", (32, 16)), up, down, alpha)
     adapter = Adapter("a", None, "kohya", layers)
     save_adapter(adapter, tmp_path / "a.safetensors", naming=naming, dtype=stored)
@@ -248,9 +243,9 @@ def test_what_is_written_in_half_precision_has_the_update_of_float64(tmp_path, n
 
 def test_parts_of_unequal_scales_are_fused_exactly():
     parts = [
-        LoraLayer(Layer(f"x.{i}", (8, 16)), (random(8, 4, seed=i) * 1e-4).half(), random(4, 16).half(), alpha)
+        LoraLayer(Layer(f"x.{i}", (8, 16)), (randn(8, 4, seed=i) * 1e-4).half(), randn(4, 16).half(), alpha)
         for i, alpha in enumerate((1 / 64, 0.3))
     ]
     whole = fuse(parts, Layer("x", (16, 16)))
     expected = torch.cat([part.lora_up.double() @ part.lora_down.double() * part.scale for part in parts])
-    torch.testing.assert_close(whole.delta_weight(torch.zeros(16, 16).double()), expected, rtol=1e-6, atol=1e-12)
+    same(whole.delta_weight(torch.zeros(16, 16).double()), expected)

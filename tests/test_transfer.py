@@ -29,7 +29,8 @@ from lorax.compare.scores import Score, ScoreTable
 from lorax.compare.similarity import compare_bases
 from lorax.models.families import UNKNOWN, families
 from lorax.transfer.report import similarity_json
-from tests.conftest import REPORT_SCHEMA, lora_tensors, small_base
+from tests.conftest import REPORT_SCHEMA, small_base
+from tests.tensors import lora_tensors, same
 
 
 @pytest.fixture
@@ -171,9 +172,9 @@ def test_lora_x_is_projected_and_can_stay_lora_x(bases, lora_x):
         )
         dW = (U_s * own.delta.double()) @ Vh_s
         M = U_t.T @ dW @ Vh_t.T
-        torch.testing.assert_close(result.layers[name].delta_weight().double(), U_t @ M @ Vh_t, rtol=0, atol=1e-4)
+        same(result.layers[name].delta_weight(), U_t @ M @ Vh_t)
         diagonal = (U_t * M.diagonal()) @ Vh_t
-        torch.testing.assert_close(dense.layers[name].delta_weight().double(), diagonal, rtol=0, atol=1e-4)
+        same(dense.layers[name].delta_weight(), diagonal)
         assert kept.layers[name].fingerprint == target.fingerprint(name)
     assert kept_report.retained_norm < report.retained_norm <= 1
 
@@ -183,7 +184,7 @@ def test_lora_x_on_its_own_base_is_itself(bases, lora_x):
     assert {row.method for row in report.rows} == {"orthogonal"}
     assert report.retained_norm == pytest.approx(1, abs=1e-4)
     for name, own in lora_x.layers.items():
-        torch.testing.assert_close(result.layers[name].delta, own.delta, rtol=0, atol=1e-4)
+        same(result.layers[name].delta, own.delta)
 
 
 def test_lora_x_of_another_base_is_refused_and_a_swap_is_named(bases, lora_x, tmp_path):
@@ -387,7 +388,7 @@ def test_convert_to_lora_x_is_the_closest_one(bases, lora):
         r = own.rank
         basis = torch.stack([torch.outer(U[:, i], Vh[i]).flatten() for i in range(r)], dim=1)
         best = torch.linalg.lstsq(basis, dW.flatten()[:, None]).solution.flatten()
-        torch.testing.assert_close((basis @ own.delta.double()), basis @ best, rtol=0, atol=1e-4)
+        same(basis @ own.delta.double(), basis @ best)
         assert shares[name] == pytest.approx(float(best.norm() / dW.norm()), abs=1e-4)
 
 
@@ -422,7 +423,7 @@ def test_auto_leaves_out_what_the_target_does_already(bases, lora):
         along = (dW * F).sum() / F.square().sum()
         expected = dW - along.clamp_min(0) * F
         taken += bool(along > 0)
-        torch.testing.assert_close(moved.delta_weight().double().flatten(1), expected, rtol=1e-3, atol=1e-6)
+        same(moved.delta_weight().double().flatten(1), expected)
     assert 0 < taken < len(report.rows)
 
 
@@ -451,4 +452,4 @@ def test_copy_does_what_a_lora_x_does_on_its_source(bases, lora_x):
     for name, own in lora_x.layers.items():
         U, _, Vh = torch.linalg.svd(source.weight(name).double().flatten(1), full_matrices=False)
         expected = (U[:, : own.rank] * own.delta.double()) @ Vh[: own.rank]
-        torch.testing.assert_close(result.layers[name].delta_weight().double(), expected, rtol=1e-3, atol=1e-5)
+        same(result.layers[name].delta_weight(), expected)

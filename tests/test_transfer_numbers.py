@@ -10,7 +10,8 @@ from lorax import Layer, TransferOptions, transfer_adapter
 from lorax.adapters import (
     Adapter,
 )
-from tests.naive import NAME, moved_naively, one_layer, random, triplets, updates
+from tests.naive import NAME, moved_naively, one_layer, triplets, updates
+from tests.tensors import randn
 
 SAME = ("copy", "orthogonal", "project", "subspace-null", "align", "index")
 THIN = ("lora", "lora cp", "foura")
@@ -21,10 +22,10 @@ def weight_of(shape, kind, seed, size):
     m, n = shape[0], math.prod(shape[1:])
     if kind == "zero":
         return torch.zeros(shape)
-    W = random(seed, m, n)
+    W = randn(m, n, seed=seed)
     if kind == "deficient":
         k = max(1, min(m, n) // 2)
-        W = random(seed, m, k).mul(4).round() @ random(seed + 1, k, n).mul(4).round()
+        W = randn(m, k, seed=seed).mul(4).round() @ randn(k, n, seed=seed + 1).mul(4).round()
     return (W * size).reshape(shape)
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from lorax import LayerTable, MismatchError, Outcome, TransferOptions, load_adapter, transfer_adapter
 from lorax.adapters.convert import convert_to_lora_x
 from lorax.compare.matching import match_bases
-from tests.conftest import REPORT_SCHEMA, lora_tensors
+from tests.conftest import REPORT_SCHEMA
+from tests.tensors import lora_tensors
 
 MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

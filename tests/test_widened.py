@@ -8,7 +8,8 @@ import torch
 from lorax import Base, Layer, LayerTable, Outcome, TransferOptions, transfer_adapter
 from lorax.adapters import Adapter, DiffLayer, LoraXLayer, expand
 from lorax.models.families import families
-from tests.naive import moved_naively, random, updates
+from tests.naive import moved_naively, updates
+from tests.tensors import dense, randn, same
 
 # family, name, outputs, channels of the model and of those made of it, kernel
 MADE = [
@@ -30,9 +31,9 @@ def base_of(family, name, weight):
 
 def pair(case, seed=0):
     family, name, out, less, more, kernel = case
-    narrow = random(seed, out, less, *kernel)
-    wide = random(seed + 1, out, more, *kernel)
-    wide[:, :less] = narrow + 0.1 * random(seed + 2, out, less, *kernel)
+    narrow = randn(out, less, *kernel, seed=seed)
+    wide = randn(out, more, *kernel, seed=seed + 1)
+    wide[:, :less] = narrow + 0.1 * randn(out, less, *kernel, seed=seed + 2)
     return base_of(family, name, narrow), base_of(family, name, wide)
 
 
@@ -50,10 +51,6 @@ def of_other(base):
     """An update of the layer beside it, which goes through in any case."""
     name = next(name for name in base.layers if name.endswith("other"))
     return DiffLayer(base.layers[name], torch.ones(3, 3))
-
-
-def dense(own, base):
-    return own.delta_weight(base.weight(own.layer.name)).double()
 
 
 @pytest.mark.parametrize("case", MADE, ids=IDS)
@@ -83,7 +80,7 @@ def test_the_known_channels_take_the_update_and_the_others_none(case, method):
         if formula == "subspace-null":
             U, S, Vh = torch.linalg.svd(expected, full_matrices=False)
             expected = (U[:, :3] * S[:3]) @ Vh[:3]
-        torch.testing.assert_close(arrived[:, :columns], expected, rtol=1e-3, atol=1e-4 * float(dW.norm()))
+        same(arrived[:, :columns], expected)
         assert row.target_norm == pytest.approx(float(arrived.norm()), rel=1e-4)
         assert row.source_norm == pytest.approx(float(dW.norm()), rel=1e-4)
 
@@ -110,7 +107,7 @@ def test_the_other_way_the_channels_that_the_target_lacks_are_cut_and_count_as_l
             adapter, source, target, TransferOptions(method="copy", threshold=-9, dtype="float32")
         )
         arrived = dense(result.layers[name], target)
-        torch.testing.assert_close(arrived, dW[:, :columns], rtol=1e-3, atol=1e-4 * float(dW.norm()))
+        same(arrived, dW[:, :columns])
         assert report.retained_norm == pytest.approx(float(arrived.norm() / dW.norm()), rel=1e-3)
 
 
@@ -121,7 +118,7 @@ def test_they_are_compared_by_the_channels_that_they_share():
     (row,) = report.rows
     assert row.left.phi > 0.95
     assert row.right.phi > 0.95
-    stranger = base_of("sd1", "unet.conv_in", random(9, 32, 9, 3, 3))
+    stranger = base_of("sd1", "unet.conv_in", randn(32, 9, 3, 3, seed=9))
     adapter = Adapter("a", source.family, "kohya", {"unet.conv_in": own, "unet.other": of_other(source)})
     _, report = transfer_adapter(adapter, source, stranger, TransferOptions(threshold=0.5))
     assert {row.source: row.outcome for row in report.rows} == {
@@ -140,7 +137,7 @@ def test_as_a_lora_x_it_is_the_change_of_the_singular_values_of_the_whole_target
     padded = torch.nn.functional.pad(dense(own, source), (0, 45))
     U, _, Vh = torch.linalg.svd(target.weight("unet.conv_in").double(), full_matrices=False)
     expected = (U[:, :8].T @ padded @ Vh[:8].T).diagonal()
-    torch.testing.assert_close(moved.delta.double().abs(), expected.abs(), rtol=1e-3, atol=1e-4)
+    same(moved.delta.double().abs(), expected.abs())
     assert report.rows[0].target_norm == pytest.approx(float(expected.norm()), rel=1e-4)
 
 
@@ -151,9 +148,9 @@ def test_another_width_is_none_of_them(other):
         name = "unet.conv_out"
     if other == "Lumina 2":  # its channels stand together for each pixel of a patch
         name, family, shape = "transformer.x_embedder", "lumina2", (32, 128)
-    source = base_of(family, name, random(0, 32, 64) if other == "Lumina 2" else random(0, 32, 4, 3, 3))
+    source = base_of(family, name, randn(32, 64, seed=0) if other == "Lumina 2" else randn(32, 4, 3, 3, seed=0))
     shape = {"other outputs": (40, 9, 3, 3), "other kernel": (32, 9, 1, 1)}.get(other, shape)
-    target = base_of("sdxl" if other == "another family" else family, name, random(1, *shape))
+    target = base_of("sdxl" if other == "another family" else family, name, randn(*shape, seed=1))
     adapter = Adapter("a", None, "kohya", {name: of_kinds(source, name)["lora"], "unet.other": of_other(source)})
     _, report = transfer_adapter(adapter, source, target, TransferOptions(method="copy", threshold=-9))
     row = next(row for row in report.rows if row.source == name)
