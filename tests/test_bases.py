@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo.synthetic import base_tensors
-from lorax import FileError, FormatError, module_base, open_base
+from lorax import FileError, FormatError, LayerTable, module_base, open_base
 from lorax.inspect import describe
 from lorax.models.families import families
+from tests.conftest import small_base
 from tests.models import MODELS
 
 diffusers = pytest.importorskip("diffusers")
@@ -464,3 +465,17 @@ def test_one_scale_a_row_of_a_square_weight_is_no_scale_of_its_columns(tmp_path)
     base = open_base(tmp_path / "base.safetensors")
     found = base.weight("transformer.transformer_blocks.0.attn.to_out.0")
     assert torch.equal(found, stored.float() * factor[:, None])
+
+
+def test_a_base_that_replaces_another_keeps_none_of_its_weights(tmp_path):
+    base = small_base(tmp_path / "base.safetensors")
+    first, *_ = names = list(base.layers)
+    old = {name: (base.digest(name), base.weight(name)) for name in reversed(names)}  # of `first` last
+    other = replace(base, read=lambda layer: 2 * base.read(layer))
+    cut = LayerTable([replace(base.layers[first], shape=(8, *base.layers[first].shape[1:]))])
+    fewer = replace(base, layers=cut, read=lambda layer: base.read(layer)[:8])
+    assert torch.equal(other.weight(first), 2 * old[first][1])
+    assert torch.equal(fewer.weight(first), old[first][1][:8])
+    assert len({old[first][0], other.digest(first), fewer.digest(first)}) == 3
+    assert {base, other, fewer} != {base}
+    assert replace(base, name="renamed").digest(first) == base.digest(first) == old[first][0]

@@ -39,9 +39,12 @@ OPENCLIP = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Base:
     """A base model whose weights are read one layer at a time.
+
+    It keeps the digests that it has computed and the last weight that it has read. `dataclasses.replace` makes a base
+    that keeps nothing yet; one with another `read` of the same files needs another `state` too.
 
     Attributes:
         name: What to call it in messages and reports, such as its file name.
@@ -55,7 +58,7 @@ class Base:
         naming: How its file spells the layers: `original` or `diffusers`.
         dtypes: How many tensors are stored in each dtype.
         parameters: How many numbers they hold.
-        digests: What `digest` has computed, by layer name.
+        digests: What `digest` has computed, or an `Engine` has remembered of files in this state, by layer name.
     """
 
     name: str
@@ -68,10 +71,9 @@ class Base:
     naming: str = ""
     dtypes: Counter[str] = field(default_factory=Counter[str])
     parameters: int = 0
-    digests: dict[str, str] = field(default_factory=dict[str, str])
-    _last: list[tuple[str, str, Tensor]] = field(
-        default_factory=list["tuple[str, str, Tensor]"], init=False, repr=False
-    )
+    digests: dict[str, str] = field(default_factory=dict[str, str], init=False, repr=False)
+    # name, device and matrix of the last weight
+    _last: tuple[str, str, Tensor] | None = field(default=None, init=False, repr=False)
 
     def weight(self, name: str, device: str = "cpu") -> Tensor:
         """Return the weight of a layer as a float32 matrix `[m, n]` on `device`, not to be changed.
@@ -84,14 +86,14 @@ class Base:
         """
         from ..linalg import all_finite, single
 
-        for known, place, matrix in self._last:
-            if (known, place) == (name, device):
-                return matrix
+        last = self._last  # other threads read too
+        if last is not None and last[:2] == (name, device):
+            return last[2]
         layer = self.layers[name]
         matrix = single(self.read(layer), device).reshape(layer.matrix_shape)
         if not all_finite(matrix):
             raise NumericsError("a weight of a base holds NaN or Inf", f"{name} in {self.name}", "use a sound copy")
-        self._last[:] = [(name, device, matrix)]
+        self._last = (name, device, matrix)
         return matrix
 
     def fused_weight(self, layer: Layer, device: str = "cpu") -> Tensor | None:
