@@ -32,7 +32,7 @@ class LoraXTransfer(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=list(map(str, Method)),
-                    default="auto",
+                    default=str(DEFAULTS.method),
                     tooltip="auto: onto the paired layer, less what the target does already; align where the width changes.",
                 ),
                 rank_input(
@@ -40,7 +40,7 @@ class LoraXTransfer(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "threshold",
-                    default=0.0,
+                    default=DEFAULTS.threshold,
                     min=-10.0,
                     max=0.99,
                     step=0.01,
@@ -49,7 +49,7 @@ class LoraXTransfer(io.ComfyNode):
                 io.Combo.Input(
                     "matching",
                     options=list(map(str, Matching)),
-                    default="auto",
+                    default=str(DEFAULTS.matching),
                     optional=True,
                     tooltip="Pairing of blocks. auto: by number where both models have the same blocks, else by "
                     "similarity, in order. argmax: each module takes the most similar one (the published rule).",
@@ -57,7 +57,7 @@ class LoraXTransfer(io.ComfyNode):
                 io.Combo.Input(
                     "dora",
                     options=list(map(str, Dora)),
-                    default="direction",
+                    default=str(DEFAULTS.dora),
                     optional=True,
                     tooltip="How a DoRA moves. direction: its magnitudes follow in proportion. dense: as a LoRA.",
                 ),
@@ -94,8 +94,8 @@ class LoraXTransfer(io.ComfyNode):
         method: str,
         rank: int,
         threshold: float,
-        matching: str = "auto",
-        dora: str = "direction",
+        matching: str = DEFAULTS.matching,
+        dora: str = DEFAULTS.dora,
         cache: bool = True,
         similarity: Similarity | None = None,
         source_clip: host.Clip | None = None,

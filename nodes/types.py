@@ -1,5 +1,6 @@
 """The sockets that are ours."""
 
+from ..lorax.options import RANK
 from .host import io
 
 CATEGORY = "LoRA-X"
@@ -21,4 +22,4 @@ def cache_input() -> object:
 
 def rank_input(tooltip: str) -> object:
     """Return the rank widget that several nodes share."""
-    return io.Int.Input("rank", default=320, min=1, max=16384, tooltip=tooltip)
+    return io.Int.Input("rank", default=RANK, min=1, max=16384, tooltip=tooltip)
