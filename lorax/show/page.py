@@ -22,8 +22,9 @@ SCRIPTS = (
     "report_pack",
     "report_data",
     "report_view",
-    "page",
 )
+# Not in `web`, all of which ComfyUI loads.
+PAGE_SCRIPT, PAGE_STYLE = (Path(__file__).with_name(f"page.{end}") for end in ("js", "css"))
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -60,11 +61,11 @@ def page(data: dict[str, Any]) -> str:
     root = next(path for path in PLACES if (path / "web").is_dir())
     web = root / "web"
     texts = {path.parent.name: json.loads(path.read_bytes())["lorax"] for path in root.glob("locales/*/main.json")}
-    scripts = [(web / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    scripts = [path.read_text(encoding="utf-8") for path in (*(web / f"{name}.js" for name in SCRIPTS), PAGE_SCRIPT)]
     # The files are modules; one after the other they are one, without what ties them.
     tied = re.compile(r"^import\s[^;]*;\n|^export (?=const |function |class )", re.MULTILINE)
     return PAGE.format(
-        style="".join((web / name).read_text(encoding="utf-8") for name in ("view.css", "page.css")),
+        style="".join(path.read_text(encoding="utf-8") for path in (web / "view.css", PAGE_STYLE)),
         data=_json(data),
         texts=_json(texts),
         script="\n".join(tied.sub("", script) for script in scripts),

@@ -35,7 +35,7 @@ def browser():
 
 @contextmanager
 def front_end(host, browser, vue=False, theme="dark", locale="en", **options):
-    """Open the front end with some settings; only what goes wrong after it has started counts."""
+    """Open the front end with some settings; of what goes wrong while it starts only what is ours counts."""
     known = {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": theme, "Comfy.Locale": locale}
     known["Comfy.TutorialCompleted"] = True  # else newer ones open a dialog, which keeps the keys
     for name, value in known.items():
@@ -46,6 +46,7 @@ def front_end(host, browser, vue=False, theme="dark", locale="en", **options):
     page.wait_for_timeout(1500)
     page.add_style_tag(content=".p-dialog-mask, .minimap-main-container { display: none !important }")
     page.evaluate(WATCH)
+    assert [error for error in page.errors if "/extensions/" in error] == []
     page.errors.clear()
     yield page
     page.context.close()

@@ -3,6 +3,7 @@ import { expect, test } from "vitest";
 
 const WEB = new URL("../../web/", import.meta.url);
 const files = readdirSync(WEB).filter((name) => name.endsWith(".js"));
+const PAGE = "../lorax/show/page.js"; // of the page that the command line writes
 const read = (name) => readFileSync(new URL(name, WEB), "utf8");
 const imports = (name) => [...read(name).matchAll(/from "([^"]+)"/g)].map(([, from]) => from);
 
@@ -21,22 +22,27 @@ test.each(files.filter((name) => /_data|_pack|checks|names|colours|texts/.test(n
   },
 );
 
-test.each(files)("%s sets no HTML and asks for nothing", (name) => {
+test.each([...files, PAGE])("%s sets no HTML and asks for nothing", (name) => {
   expect(read(name)).not.toMatch(
     /innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\bfetch\(|XMLHttpRequest|https?:\/\/(?!www\.w3\.org)/,
   );
 });
 
-test.each(files)("%s is checked by TypeScript", (name) => {
+test.each([...files, PAGE])("%s is checked by TypeScript", (name) => {
   expect(read(name)).toMatch(/^\/\/ @ts-check\n/);
   expect(read(name)).not.toMatch(/@ts-(ignore|nocheck|expect-error)/);
 });
 
 test("no two files give a name to something at their top: lorax/show/page.py makes one module of them", () => {
-  const names = files
+  const names = [...files, PAGE]
     .filter((name) => name !== "host.js")
     .flatMap((name) => [...read(name).matchAll(/^(?:export )?(?:const|let|function|class) (\w+|[[{][\w, ]+[\]}])/gm)])
     .flatMap(([, named]) => named.match(/\w+/g));
   expect(names.length).toBeGreaterThan(80);
   expect(names.filter((name, i) => names.indexOf(name) !== i)).toEqual([]);
+});
+
+test.each(files.filter((name) => name !== "host.js"))("%s only gives names: ComfyUI loads every file", (name) => {
+  const known = /^(?:import |export |const |let |function |class |async function |\/[/*]| \*|[\s)}\]]|$)/;
+  expect(read(name).split("\n").filter((line) => !known.test(line))).toEqual([]);
 });

@@ -3,6 +3,7 @@ import { describe, expect, test } from "vitest";
 
 import { ENGLISH, say, speak, tell } from "../../web/texts.js";
 
+const PAGE = "../lorax/show/page";
 const LOCALES = new URL("../../locales/", import.meta.url);
 const languages = readdirSync(LOCALES).filter((name) => name !== "en");
 const places = (text) => (text.match(/\{\w+\}/g) ?? []).sort();
@@ -15,7 +16,7 @@ test.each(languages)("%s has every text, with the same places for values", (lang
 });
 
 test("every text that the views say exists", () => {
-  for (const file of ["similarity_view", "report_view", "loss_view", "heatmap", "bars", "threshold", "page", "host"]) {
+  for (const file of ["similarity_view", "report_view", "loss_view", "heatmap", "bars", "threshold", "host", PAGE]) {
     const source = readFileSync(new URL(`../../web/${file}.js`, import.meta.url), "utf8");
     for (const [, key] of source.matchAll(/\bsay\("(\w+)"/g)) expect(ENGLISH).toHaveProperty(key);
   }

@@ -1,9 +1,9 @@
 // @ts-check
 /** Starts the page that the command line writes: the view of the JSON that stands in it. */
 
-import { reportView } from "./report_view.js";
-import { similarityView } from "./similarity_view.js";
-import { say, speak } from "./texts.js";
+import { reportView } from "../../web/report_view.js";
+import { similarityView } from "../../web/similarity_view.js";
+import { say, speak } from "../../web/texts.js";
 
 /** @param {{ schema?: unknown }} data */
 function viewOf({ schema }) {
