@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 
 import lorax
 from demo.synthetic import base_tensors
-from lorax import Base, TransferOptions, cli, load_adapter, open_base, save_adapter, transfer_adapter
+from lorax import Adapter, Base, Cache, TransferOptions, cli, load_adapter, open_base, save_adapter, transfer_adapter
 from lorax.entry import ENDINGS
 from lorax.migration import Task, plan_folder
 from lorax.models.families import families
 from lorax.models.family import Family
 from lorax.models.unet import UNetConfig
+from reliability import seeds
 from tests.library import BROKEN, contents
 from tests.tensors import lora_tensors
 
@@ -94,6 +95,18 @@ def lora_file(bases: tuple[Base, Base], tmp_path_factory: pytest.TempPathFactory
     return path
 
 
+@pytest.fixture
+def lora(bases: tuple[Base, Base], lora_file: Path) -> Adapter:
+    return load_adapter(lora_file, bases[0])
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
+    """The bases of the seeds of hostile files."""
+    folder = tmp_path_factory.mktemp("pair")
+    return [open_base(seeds.base_file(folder / f"{i}.safetensors", change=0.2 * i)) for i in range(2)]
+
+
 @pytest.fixture(scope="session")
 def published() -> list[Path]:
     files = sorted((SHARED / "data" / "loras").glob("*.safetensors"))
@@ -116,6 +129,11 @@ def library(bases: tuple[Base, Base], tmp_path_factory: pytest.TempPathFactory) 
     save_file({"unet.x.weight": torch.zeros(2, 2)}, folder / "broken" / "base.safetensors")
     (folder / "notes.txt").write_text("not looked at")
     return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache", 2**30)
 
 
 @pytest.fixture

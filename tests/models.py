@@ -132,3 +132,66 @@ def original_shapes(family, shapes, aliases=False):
         pattern = spelled.get(star.sub("*", path, count=1)) or spelled.get(path) or path
         renamed[pattern.replace("*", number.group() if number else "")] = shape
     return renamed
+
+
+# Narrow: what a model of diffusers is here needs no true widths.
+NARROW = {"num_attention_heads": 2, "attention_head_dim": 16}
+SMALL = {
+    "flux": NARROW | {"pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
+    "chroma": NARROW | {"approximator_hidden_dim": 32},
+    "anima": NARROW,
+    "krea2": {"attention_head_dim": 16, "axes_dims_rope": (4, 6, 6), "text_hidden_dim": 32},
+    "sd3": NARROW | {"caption_projection_dim": 32, "pooled_projection_dim": 32},
+    "wan": {"attention_head_dim": 32, "num_attention_heads": 2},
+    "lumina2": {"hidden_size": 96, "num_attention_heads": 4, "num_kv_heads": 2, "axes_dim_rope": (8, 8, 8)},
+    "qwen_image": NARROW,
+    "hunyuan_video": NARROW | {"pooled_projection_dim": 32},
+    "hunyuan_video_15": NARROW,
+}
+UNET = {
+    "block_out_channels": (32, 64),
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+UNETS = {
+    "sd1": UNET | {"cross_attention_dim": 768},
+    "sd2": UNET | {"cross_attention_dim": 1024, "use_linear_projection": True},
+    "sdxl": UNET | {"cross_attention_dim": 2048, "use_linear_projection": True},
+}
+
+
+def model_of(name):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    if name in UNETS:
+        return diffusers.UNet2DConditionModel(**UNETS[name])
+    kind, config, _ = MODELS[name]
+    return getattr(diffusers, kind)(**config | SMALL.get(name, {}))
+
+
+def weights(model):
+    """What `weight` has to return for each layer: the weights of more than one dimension."""
+    return matrices(model.state_dict())
+
+
+def matrices(tensors):
+    return {key.removesuffix(".weight"): w for key, w in tensors.items() if key.endswith(".weight") and w.dim() > 1}
+
+
+def original(family, model):
+    """The weights of a model of diffusers as the original repository has them: parts stacked, in the order of rows.
+
+    That the rows are the right ones is what test_tables.py asks diffusers' converters.
+    """
+    swap_scale_shift = pytest.importorskip("diffusers.loaders.single_file_utils").swap_scale_shift
+    tensors = {}
+    state = weights(model)
+    layers = family.layers({path: tuple(weight.shape) for path, weight in state.items()})
+    for layer in sorted(layers, key=lambda layer: layer.rows or (0, 0)):
+        weight = state[layer.path]
+        part = swap_scale_shift(weight, 0) if layer.swapped else weight
+        tensors.setdefault(layer.original, []).append(part)
+    return {f"{path}.weight": torch.cat(parts) for path, parts in tensors.items()}

@@ -1,5 +1,8 @@
 """A small model to train, and its data."""
 
+import random
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,3 +32,14 @@ def data(dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, 3, 4, 4), (2, 5, 16), (2, 16, 24))
     return [torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def loss_of(model, noise=0.1):
+    """A loss that draws from all three sources of random numbers."""
+    x, text, y = data(next(model.parameters()).dtype)
+
+    def loss(call):
+        x_now = x + noise * torch.randn_like(x) + noise * float(np.random.rand()) + noise * random.random()
+        return (model(x_now, text) - y).square().mean()
+
+    return loss
