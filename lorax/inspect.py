@@ -64,22 +64,22 @@ def _base(path: Path) -> dict[str, Any]:
 def _adapter(path: Path) -> dict[str, Any]:
     from .adapters import AdapterLayer, load_adapter
 
-    def is_large(own: AdapterLayer) -> bool:
-        return not own.is_thin and math.prod(own.layer.shape) > DENSE
+    def is_large(update: AdapterLayer) -> bool:
+        return not update.is_thin and math.prod(update.layer.shape) > DENSE
 
     adapter = load_adapter(path)
     rows: list[dict[str, Any]] = []
-    for name, own in adapter.layers.items():
+    for name, update in adapter.layers.items():
         rows.append(
             {
                 "layer": name,
-                "shape": list(own.layer.shape),
-                "rank": own.rank,
-                "kind": own.kind,
-                "alpha": getattr(own, "alpha", None),
+                "shape": list(update.layer.shape),
+                "rank": update.rank,
+                "kind": update.kind,
+                "alpha": getattr(update, "alpha", None),
                 # Of a DoRA, GLoRA or rotation the size depends on the weights of the base.
-                "norm": None if own.norm_needs_weight or is_large(own) else own.norm(),
-                "dtype": str(own.dtype).removeprefix("torch."),
+                "norm": None if update.norm_needs_weight or is_large(update) else update.norm(),
+                "dtype": str(update.dtype).removeprefix("torch."),
             }
         )
     norms = [row["norm"] for row in rows]
@@ -91,8 +91,8 @@ def _adapter(path: Path) -> dict[str, Any]:
         "family": adapter.family.name if adapter.family else None,
         "family_label": adapter.family_label or "unknown",
         "layers": len(rows),
-        "layers_by_component": dict(Counter(own.layer.component for own in adapter.layers.values())),
-        "layers_by_kind": dict(Counter(own.kind for own in adapter.layers.values())),
+        "layers_by_component": dict(Counter(update.layer.component for update in adapter.layers.values())),
+        "layers_by_kind": dict(Counter(update.kind for update in adapter.layers.values())),
         "ranks": dict(sorted(adapter.ranks.items())),
         "alphas": dict(Counter("none" if row["alpha"] is None else f"{row['alpha']:g}" for row in rows)),
         "dtypes": dict(Counter(row["dtype"] for row in rows)),

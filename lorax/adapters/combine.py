@@ -48,34 +48,35 @@ def total(first: AdapterLayer, second: AdapterLayer) -> AdapterLayer:
     return DiffLayer(first.layer, (first.delta_weight() + second.delta_weight()).reshape(first.layer.shape))
 
 
-def with_halves_swapped(own: AdapterLayer) -> AdapterLayer:
+def with_halves_swapped(update: AdapterLayer) -> AdapterLayer:
     """Return an update with the upper and the lower half of its rows changed.
 
     Raises:
         FormatError: It depends on the weight in a way that is not by rows.
     """
-    axes = own.row_axes()
+    axes = update.row_axes()
     if axes is not None:
         halves = {
-            name: torch.cat(own.parts()[name].chunk(2, axis)[::-1], axis)
+            name: torch.cat(update.parts()[name].chunk(2, axis)[::-1], axis)
             for name, axis in axes.items()
-            if name in own.parts()
+            if name in update.parts()
         }
         changes: dict[str, Any] = halves
-        return replace(own, **changes)
-    if own.needs_weight:
-        got = f"{own.layer.name} ({own.kind})"
+        return replace(update, **changes)
+    if update.needs_weight:
+        got = f"{update.layer.name} ({update.kind})"
         raise FormatError("an update whose shift and scale cannot change places", got, "merge it with its own program")
-    update = own.delta_weight()
-    return DiffLayer(own.layer, torch.cat(update.chunk(2)[::-1]).reshape(own.layer.shape or update.shape))
+    delta_weight = update.delta_weight()
+    swapped = torch.cat(delta_weight.chunk(2)[::-1])
+    return DiffLayer(update.layer, swapped.reshape(update.layer.shape or swapped.shape))
 
 
-def _spread(own: AdapterLayer, rows: Sequence[Rows], layer: Layer) -> AdapterLayer:
+def _spread(update: AdapterLayer, rows: Sequence[Rows], layer: Layer) -> AdapterLayer:
     """Return an update of some rows as one of all, with zeros elsewhere."""
     changes: dict[str, Any] = {"layer": layer}
     sizes = [stop - start for start, stop in rows]
-    for name, axis in (own.row_axes() or {}).items():
-        if name in (parts := own.parts()):
+    for name, axis in (update.row_axes() or {}).items():
+        if name in (parts := update.parts()):
             part = parts[name]
             shape = list(part.shape)
             shape[axis] = layer.shape[0]
@@ -83,4 +84,4 @@ def _spread(own: AdapterLayer, rows: Sequence[Rows], layer: Layer) -> AdapterLay
             for (start, _), piece in zip(rows, part.split(sizes, axis), strict=True):
                 spread.narrow(axis, start, piece.shape[axis]).copy_(piece)
             changes[name] = spread
-    return replace(own, **changes)
+    return replace(update, **changes)

@@ -44,15 +44,15 @@ def convert_to_lora(
     check_positive(rank)
     adapter = adapter if source is None else adapter.resolved(source)
     layers: dict[str, AdapterLayer] = {}
-    for done, (name, own) in enumerate(adapter.layers.items(), 1):
-        if not isinstance(own, VectorLayer) and not (isinstance(own, LoraLayer) and own.is_thin):
-            B, A = expand(own, source, engine, rank)
-            layer = source.layers.get(name, own.layer) if source is not None else own.layer
-            if own.layer.shape and layer.matrix_shape != own.layer.matrix_shape:
-                layer = own.layer
-            own = LoraLayer.of(layer, B, A, own.computed_dtype, own)
-            own.check_finite()
-        layers[name] = own
+    for done, (name, update) in enumerate(adapter.layers.items(), 1):
+        if not isinstance(update, VectorLayer) and not (isinstance(update, LoraLayer) and update.is_thin):
+            B, A = expand(update, source, engine, rank)
+            layer = source.layers.get(name, update.layer) if source is not None else update.layer
+            if update.layer.shape and layer.matrix_shape != update.layer.matrix_shape:
+                layer = update.layer
+            update = LoraLayer.of(layer, B, A, update.computed_dtype, update)
+            update.check_finite()
+        layers[name] = update
         progress(done, len(adapter.layers), name)
     return replace(adapter, layers=layers)
 
@@ -86,12 +86,12 @@ def convert_to_lora_x(
     layers: dict[str, AdapterLayer] = {}
     shares: dict[str, float] = {}
     left: dict[str, str] = {}
-    for done, (name, own) in enumerate(adapter.layers.items(), 1):
+    for done, (name, update) in enumerate(adapter.layers.items(), 1):
         layer = source.layers.get(name)
-        if layer is None or (own.layer.shape and own.layer.matrix_shape != layer.matrix_shape):
+        if layer is None or (update.layer.shape and update.layer.matrix_shape != layer.matrix_shape):
             left[name] = "the source base has no such layer" if layer is None else "the source layer has another size"
             continue
-        B, A = expand(own, source, engine)
+        B, A = expand(update, source, engine)
         space = engine.triplets(source, name, rank or RANK)
         converted = LoraXLayer(layer, space.singular_change(B, A).cpu(), source.fingerprint(name))
         converted.check_finite()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from .layer import AdapterLayer, Parts, Shape, Shapes, misfit
 
@@ -22,8 +23,8 @@ class DiffLayer(AdapterLayer):
     diff: Tensor
 
     @classmethod
+    @override
     def shape_of(cls, shapes: Shapes) -> Shape:
-        """See the base."""
         if len(shapes["diff"]) < 2:
             raise misfit(cls.KIND, shapes, "which is no weight")
         return shapes["diff"]
@@ -37,11 +38,11 @@ class DiffLayer(AdapterLayer):
         return parts["diff"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """See the base; in the shape of the weight, without which ComfyUI leaves it out."""
+        """Return `diff` in the shape of the weight, without which ComfyUI leaves it out."""
         return {"diff": self.diff.reshape(self.layer.shape or self.diff.shape)}
 
+    @override
     def row_axes(self) -> dict[str, int]:
-        """See the base."""
         return {"diff": 0}
 
 
@@ -63,8 +64,8 @@ class VectorLayer(AdapterLayer):
     role: str = "diff"
 
     @classmethod
+    @override
     def shape_of(cls, shapes: Shapes) -> Shape:
-        """See the base."""
         if len(shapes["diff"]) != 1:
             raise misfit(cls.KIND, shapes, "which is no vector")
         return shapes["diff"]
@@ -77,10 +78,10 @@ class VectorLayer(AdapterLayer):
     def _update(self, parts: Parts, weight: Tensor | None) -> Tensor:
         return parts["diff"]
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
-        """See the base."""
         return {self.role: self.diff}
 
+    @override
     def row_axes(self) -> dict[str, int]:
-        """See the base."""
         return {"diff": 0}

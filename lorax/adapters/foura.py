@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..linalg import back, to_exact
 from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
@@ -36,8 +37,8 @@ class FouraLayer(ScaledLayer):
     alpha: float | None = None
 
     @classmethod
+    @override
     def shape_of(cls, shapes: Shapes) -> Shape:
-        """See the base."""
         up, down, gate = shapes["foura_up"], shapes["foura_down"], shapes["foura_gate"]
         if len(up) < 2 or len(down) < 2 or up[1] != down[0] or any(size != 1 for size in up[2:]):
             raise misfit(cls.KIND, shapes, "which are not two factors of one update")
@@ -51,12 +52,12 @@ class FouraLayer(ScaledLayer):
         return self.foura_down.shape[0]
 
     @property
+    @override
     def is_thin(self) -> bool:
-        """It is."""
         return True
 
     def factors(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """See the base; the circulant is in `B`."""
+        """Return `B`, the circulant included, and `A` in float32 on `device`."""
         return self._factors({name: part.to(device, torch.float32) for name, part in self.parts().items()})
 
     def _factors(self, parts: Parts) -> tuple[Tensor, Tensor]:
@@ -69,8 +70,8 @@ class FouraLayer(ScaledLayer):
         B, A = self._factors(parts)
         return B @ A
 
+    @override
     def row_axes(self) -> dict[str, int]:
-        """See the base."""
         return {"foura_up": 0}
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import MismatchError
 from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
@@ -40,8 +41,8 @@ class GloraLayer(ScaledLayer):
     dora_scale: Tensor | None = None
 
     @classmethod
+    @override
     def shape_of(cls, shapes: Shapes) -> Shape:
-        """See the base."""
         if any(len(shapes[name]) < 2 for name in cls.REQUIRED):
             raise misfit(cls.KIND, shapes, "which are no matrices")
         for a1, a2, b1, b2 in _orders(shapes):

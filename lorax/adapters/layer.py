@@ -380,14 +380,14 @@ def magnitude_shape(scale: Shape, weight: Shape) -> Shape | None:
     return (size, 1, *tail) if size == weight[0] and max(scale) == size else None
 
 
-def without_magnitude(own: AdapterLayer) -> AdapterLayer:
+def without_magnitude(update: AdapterLayer) -> AdapterLayer:
     """Return an update without its `dora_scale`: that of the direction."""
     changes: dict[str, Any] = {"dora_scale": None}
-    return replace(own, **changes)
+    return replace(update, **changes)
 
 
-def with_magnitude(own: AdapterLayer, dora_scale: Tensor) -> AdapterLayer:
+def with_magnitude(update: AdapterLayer, dora_scale: Tensor) -> AdapterLayer:
     """Return an update with a `dora_scale`, in the dtype of the update and as its layer has it."""
-    shape = magnitude_shape(tuple(dora_scale.shape), own.layer.shape) or dora_scale.shape
-    changes: dict[str, Any] = {"dora_scale": dora_scale.to("cpu", own.dtype).reshape(shape)}
-    return replace(own, **changes)
+    shape = magnitude_shape(tuple(dora_scale.shape), update.layer.shape) or dora_scale.shape
+    changes: dict[str, Any] = {"dora_scale": dora_scale.to("cpu", update.dtype).reshape(shape)}
+    return replace(update, **changes)

@@ -25,7 +25,7 @@ from .lokr import LokrLayer
 from .lora_x import LoraXLayer
 from .model import Adapter
 from .oft import OftLayer
-from .resolve import Update, families_of, names_of, place
+from .resolve import SpelledUpdate, families_of, names_of, resolve
 
 LORA_X_VERSION = "1"
 # component and module path, as a key spells them
@@ -60,35 +60,35 @@ def load_adapter(path: str | os.PathLike[str], base: Base | None = None, *, stri
         _check_indexed(file)
     fingerprints = _fingerprints(file) if naming == "lora-x" else {}
     reading = _Reading(file, read_configs(file), fingerprints, strict, unused)
-    updates = [update for module, keys in modules.items() for update in reading.updates(module, keys, namings[module])]
+    updates = [u for module, keys in modules.items() for u in reading.updates(module, keys, namings[module])]
     named = families().get(file.metadata.get("base_family", "")) if naming == "lora-x" else None
-    placed = place(updates, base, (named,) if named else families_of(updates))
-    for update, error in placed.refused:
-        reading.refuse(update.keys, error)
-    if not placed.layers:
+    resolved = resolve(updates, base, (named,) if named else families_of(updates))
+    for spelled, error in resolved.refused:
+        reading.refuse(spelled.keys, error)
+    if not resolved.layers:
         why = next((f" ({why})" for why in unused.values() if why != UNKNOWN_KEY), "")
         got = f"{file.path} with keys such as {', '.join(list(file.entries)[:2]) or '(none)'}{why}"
         raise reading.first or FormatError("no LoRA and no other adapter in the file", got, "give an adapter file")
     unread: dict[str, str] = {}
     for key, why in unused.items():
         if (module := unread_module(key)) and (found := parse(f"{module}.alpha")):
-            names = names_of(found.component, found.path, found.naming, base, placed.families)
+            names = names_of(found.component, found.path, found.naming, base, resolved.families)
             unread |= dict.fromkeys(names, why)
     for module, keys in modules.items():
         for role in [role for role, key in keys.items() if role != "alpha" and key in unused]:
             parameter = f".{VECTOR_ROLES[role]}" if role in VECTOR_ROLES else ""
-            names = names_of(*module, namings[module], base, placed.families)
+            names = names_of(*module, namings[module], base, resolved.families)
             unread |= dict.fromkeys((f"{name}{parameter}" for name in names), unused[keys[role]])
     return Adapter(
         file.path.name,
-        placed.family,
+        resolved.family,
         naming,
-        placed.layers,
+        resolved.layers,
         unused,
         file.metadata,
-        placed.origins,
+        resolved.origins,
         unread,
-        placed.alternatives,
+        resolved.alternatives,
     )
 
 
@@ -122,7 +122,7 @@ class _Reading:
     unused: dict[str, str]
     first: LoraxError | None = None
 
-    def updates(self, module: Module, keys: Keys, naming: str) -> Iterator[Update]:
+    def updates(self, module: Module, keys: Keys, naming: str) -> Iterator[SpelledUpdate]:
         """Yield the update of the matrix of a module, and those of its parameters of one dimension."""
         config = self.configs.of(module[0], naming)
         parts = _matrix_parts(self.file, keys)
@@ -135,14 +135,14 @@ class _Reading:
             if vector := self._try([keys[role]], partial(self._vector, module, keys, role, naming, config)):
                 yield vector
 
-    def _try(self, keys: Iterable[str], read: Callable[[], Update]) -> Update | None:
+    def _try(self, keys: Iterable[str], read: Callable[[], SpelledUpdate]) -> SpelledUpdate | None:
         try:
             return read()
         except LoraxError as error:
             self.refuse(keys, error)
         return None
 
-    def _matrix(self, module: Module, keys: Keys, parts: Keys, naming: str, config: PeftConfig) -> Update:
+    def _matrix(self, module: Module, keys: Keys, parts: Keys, naming: str, config: PeftConfig) -> SpelledUpdate:
         shapes = {name: self.file.entries[key].shape for name, key in parts.items()}
         kind = kind_of(shapes)
         kind.check(Layer("", ()), shapes)  # before a number is read
@@ -152,12 +152,12 @@ class _Reading:
         shape = kind.shape_of(shapes)
         component, path = module
         layer = Layer(f"{component}.{path}", shape if len(shape) > 1 else ())  # of outputs alone none can be made
-        own = self._scaled(kind.read(layer, tensors), keys, path, config)
-        if isinstance(own, LoraXLayer):
-            own = replace(own, fingerprint=self.fingerprints.get(parts["delta"].removesuffix(".delta"), ""))
-        return Update(component, path, own, shape, naming, tuple(parts.values()))
+        update = self._scaled(kind.read(layer, tensors), keys, path, config)
+        if isinstance(update, LoraXLayer):
+            update = replace(update, fingerprint=self.fingerprints.get(parts["delta"].removesuffix(".delta"), ""))
+        return SpelledUpdate(component, path, update, shape, naming, tuple(parts.values()))
 
-    def _vector(self, module: Module, keys: Keys, role: str, naming: str, config: PeftConfig) -> Update:
+    def _vector(self, module: Module, keys: Keys, role: str, naming: str, config: PeftConfig) -> SpelledUpdate:
         component, path = module
         key, parameter = keys[role], VECTOR_ROLES.get(role, "weight")
         diff = self._finite(key)
@@ -166,20 +166,22 @@ class _Reading:
             alpha = self._alpha(keys, path, rank, config) if rank else None
             diff = diff if alpha is None or alpha == rank else times(diff, alpha / rank)
         layer = Layer(f"{component}.{path}.{parameter}", (diff.numel(),))
-        own = replace(VectorLayer.read(layer, {"diff": diff}), role="diff_b" if role == "lora_bias" else role)
-        return Update(component, path, own, layer.shape, naming, (key,), parameter)
+        update = replace(VectorLayer.read(layer, {"diff": diff}), role="diff_b" if role == "lora_bias" else role)
+        return SpelledUpdate(component, path, update, layer.shape, naming, (key,), parameter)
 
-    def _scaled(self, own: AdapterLayer, keys: Keys, path: str, config: PeftConfig) -> AdapterLayer:
+    def _scaled(self, update: AdapterLayer, keys: Keys, path: str, config: PeftConfig) -> AdapterLayer:
         """Give a layer its alpha. Without effect, because alpha is 0, it stays, and that is said."""
-        if not hasattr(own, "alpha"):
-            return own
-        alpha = self._alpha(keys, path, own.rank, config)
-        if alpha == 0 and "alpha" in keys and not isinstance(own, OftLayer):
+        if not hasattr(update, "alpha"):
+            return update
+        alpha = self._alpha(keys, path, update.rank, config)
+        if alpha == 0 and "alpha" in keys and not isinstance(update, OftLayer):
             self.unused[keys["alpha"]] = "alpha is 0: the update has no effect, in ComfyUI too"
-        if isinstance(own, LokrLayer) and own.lokr_w1 is not None and own.lokr_w2 is not None and "alpha" not in keys:
-            factor = config.scale_of(path)
-            return own if factor == 1 else replace(own, lokr_w1=times(own.lokr_w1, factor))
-        return replace(own, alpha=alpha)  # pyright: ignore[reportCallIssue]
+        if isinstance(update, LokrLayer) and "alpha" not in keys:
+            w1, w2 = update.lokr_w1, update.lokr_w2
+            if w1 is not None and w2 is not None:
+                factor = config.scale_of(path)
+                return update if factor == 1 else replace(update, lokr_w1=times(w1, factor))
+        return replace(update, alpha=alpha)  # pyright: ignore[reportCallIssue]
 
     def _alpha(self, keys: Keys, path: str, rank: int, config: PeftConfig) -> float | None:
         if "alpha" not in keys:

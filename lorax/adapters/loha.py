@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
 
@@ -39,8 +40,8 @@ class LohaLayer(ScaledLayer):
     dora_scale: Tensor | None = None
 
     @classmethod
+    @override
     def shape_of(cls, shapes: Shapes) -> Shape:
-        """See the base."""
         told = {_product(shapes, number) for number in "12"}
         if len(told) != 1 or None in told:
             raise misfit(cls.KIND, shapes, "which are not two matrices of one size")
@@ -55,8 +56,8 @@ class LohaLayer(ScaledLayer):
         first, second = (_rebuilt(parts, number) for number in "12")
         return first.mul_(second).mul_(self.scale)  # both are new here
 
+    @override
     def row_axes(self) -> dict[str, int] | None:
-        """See the base."""
         axis = 0 if self.hada_t1 is None else 1
         per_output = self.dora_scale is None or self.dora_scale.shape[0] == self.hada_w1_a.shape[axis]
         return {"hada_w1_a": axis, "hada_w2_a": axis, "dora_scale": 0} if per_output else None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from .layer import Parts, ScaledLayer, Shape, Shapes, misfit
 from .loha import tucker
@@ -43,8 +44,8 @@ class LokrLayer(ScaledLayer):
     dora_scale: Tensor | None = None
 
     @classmethod
+    @override
     def shape_of(cls, shapes: Shapes) -> Shape:
-        """See the base."""
         w1, w2 = _factor(shapes, "lokr_w1", None), _factor(shapes, "lokr_w2", shapes.get("lokr_t2"))
         if w1 is None or w2 is None or len(w1) != 2:
             raise misfit(cls.KIND, shapes, "which are not two factors of a Kronecker product")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from ..models.layers import Layer
 from .layer import WEIGHT, AdapterLayer, Parts, ScaledLayer, Shape, Shapes, misfit, stacked, times
@@ -42,8 +42,8 @@ class LoraLayer(ScaledLayer):
     dora_scale: Tensor | None = None
 
     @classmethod
+    @override
     def shape_of(cls, shapes: Shapes) -> Shape:
-        """See the base."""
         up, down, mid = shapes["lora_up"], shapes["lora_down"], shapes.get("lora_mid")
         if len(up) < 2 or len(down) < 2 or up[1] != down[0] or any(size != 1 for size in up[2:]):
             raise misfit(cls.KIND, shapes, "which are not two factors of one update")
@@ -130,12 +130,12 @@ class LoraLayer(ScaledLayer):
         return replace(self, lora_up=times(up, self.scale / 2.0**exponent), lora_down=down, alpha=None)
 
     def tensors(self) -> dict[str, Tensor]:
-        """See the base; the factors of a convolution are 4D."""
+        """Return what is written after `<module>.`, the factors of a convolution in 4D."""
         up, down = self.shaped()
         return AdapterLayer.tensors(replace(self, lora_up=up, lora_down=down))
 
+    @override
     def row_axes(self) -> dict[str, int] | None:
-        """See the base."""
         per_output = self.dora_scale is None or self.dora_scale.shape[0] == self.lora_up.shape[0]
         return {"lora_up": 0, "dora_scale": 0} if per_output else None
 

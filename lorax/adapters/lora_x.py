@@ -30,7 +30,7 @@ class LoraXLayer(AdapterLayer):
 
     @classmethod
     def shape_of(cls, shapes: Shapes) -> Shape:
-        """See the base; it tells nothing of the weight."""
+        """Return an empty shape: `delta` tells nothing of the weight."""
         if len(shapes["delta"]) != 1:
             raise misfit(cls.KIND, shapes, "delta is not a vector of numbers")
         return ()
@@ -42,7 +42,7 @@ class LoraXLayer(AdapterLayer):
 
     @property
     def norm_needs_weight(self) -> bool:
-        """See the base; the norm is that of `delta`."""
+        """Whether `norm` depends on the weight of the base: it does not, it is that of `delta`."""
         return False
 
     def norm(self, weight: Tensor | None = None) -> float:

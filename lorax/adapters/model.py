@@ -14,7 +14,7 @@ from ..models.family import Family
 from .diff import VectorLayer
 from .layer import AdapterLayer, check_finite
 from .lora_x import LoraXLayer
-from .resolve import Update, names_of, place, text_widths
+from .resolve import Origins, SpelledUpdate, names_of, resolve, text_widths
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Adapter:
     layers: Mapping[str, AdapterLayer]
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    origins: Mapping[AdapterLayer, tuple[Update, ...]] = field(default_factory=dict[AdapterLayer, tuple[Update, ...]])
+    origins: Mapping[AdapterLayer, Origins] = field(default_factory=dict[AdapterLayer, Origins])
     unread: Mapping[str, str] = field(default_factory=dict[str, str])
     alternatives: tuple[Family, ...] = ()
 
@@ -88,52 +88,52 @@ class Adapter:
                 f"{self.name} (made for {made_for}) and {base.name} ({base.family.label})",
                 "give the base that it was made for (are source and target swapped?)",
             )
-        placed = place(updates, base, self.families)
+        resolved = resolve(updates, base, self.families)
         unused, unread = dict(self.unused), dict[str, str]()
         for name, why in self.unread.items():
             component, _, path = name.partition(".")
-            unread |= dict.fromkeys(names_of(component, path, "", base, placed.families), why)
-        for update, error in placed.refused:
+            unread |= dict.fromkeys(names_of(component, path, "", base, resolved.families), why)
+        for spelled, error in resolved.refused:
             why = f"{error.what}: {error.got}"
-            unused |= dict.fromkeys(update.keys or [update.own.layer.name], why)
-            unread |= dict.fromkeys(names_of(*update.module, base, placed.families), why)
+            unused |= dict.fromkeys(spelled.keys or [spelled.update.layer.name], why)
+            unread |= dict.fromkeys(names_of(*spelled.module, base, resolved.families), why)
         return replace(
             self,
-            family=placed.family,
-            layers=placed.layers,
+            family=resolved.family,
+            layers=resolved.layers,
             unused=unused,
-            origins=placed.origins,
+            origins=resolved.origins,
             unread=unread,
-            alternatives=placed.alternatives,
+            alternatives=resolved.alternatives,
         )
 
-    def _updates(self) -> list[Update]:
+    def _updates(self) -> list[SpelledUpdate]:
         """Return the updates that the layers are made of: those of the file, as far as all their layers are there."""
         layers = set(self.layers.values())
-        changed = {update for own, origin in self.origins.items() if own not in layers for update in origin}
-        found: dict[Update, None] = {}
-        for own in self.layers.values():
-            origin = self.origins.get(own, ())
+        changed = {spelled for update, origin in self.origins.items() if update not in layers for spelled in origin}
+        found: dict[SpelledUpdate, None] = {}
+        for update in self.layers.values():
+            origin = self.origins.get(update, ())
             is_read = origin and changed.isdisjoint(origin)
-            found |= dict.fromkeys(origin if is_read else (_update(own),))
+            found |= dict.fromkeys(origin if is_read else (_spelled(update),))
         return list(found)
 
 
-def _update(own: AdapterLayer) -> Update:
+def _spelled(update: AdapterLayer) -> SpelledUpdate:
     """Return a layer that was made in memory as an update: its name is its spelling."""
-    path, parameter = own.layer.path, ""
-    if isinstance(own, VectorLayer):
+    path, parameter = update.layer.path, ""
+    if isinstance(update, VectorLayer):
         path, _, parameter = path.rpartition(".")
-    return Update(own.layer.component, path, own, own.layer.shape, parameter=parameter)
+    return SpelledUpdate(update.layer.component, path, update, update.layer.shape, parameter=parameter)
 
 
 def expand(
-    layer: AdapterLayer, source: Base | None, engine: Engine = CPU, rank: int | None = None
+    update: AdapterLayer, source: Base | None, engine: Engine = CPU, rank: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the update of any adapter layer as factors `B [m, k]`, `A [k, n]`, float32 on the device.
 
     Args:
-        layer: The adapter layer.
+        update: The adapter layer.
         source: The base that it was made for; needed where the update depends on the weight, as of a LoRA-X or DoRA.
         engine: How and where to compute.
         rank: Of the factors of an update that is not thin, its leading singular triplets; None keeps all of it.
@@ -142,21 +142,21 @@ def expand(
         MismatchError: A layer that needs its own source base without it.
         NumericsError: The update grows beyond what float32 holds.
     """
-    name = layer.layer.name
-    if layer.is_thin:
-        B, A = layer.factors(engine.device)
+    name = update.layer.name
+    if update.is_thin:
+        B, A = update.factors(engine.device)
         check_finite(B, name)
         check_finite(A, name)
         return B, A
-    if isinstance(layer, LoraXLayer) and source is not None and name in source.layers:
-        layer.check_source(source)
-        return layer.factors_in(engine.triplets(source, name, layer.rank))
+    if isinstance(update, LoraXLayer) and source is not None and name in source.layers:
+        update.check_source(source)
+        return update.factors_in(engine.triplets(source, name, update.rank))
     weight = None
-    if layer.needs_weight:
-        weight = source.fused_weight(layer.layer, engine.device) if source is not None else None
+    if update.needs_weight:
+        weight = source.fused_weight(update.layer, engine.device) if source is not None else None
         if source is None or weight is None:
-            got = f"{name} ({layer.kind}) without it"
+            got = f"{name} ({update.kind}) without it"
             raise MismatchError("a layer of this kind needs its source base", got, "give the source base")
-    update = layer.delta_weight(weight).to(engine.device)
-    check_finite(update, name)
-    return refactor(update, rank or min(update.shape))
+    delta_weight = update.delta_weight(weight).to(engine.device)
+    check_finite(delta_weight, name)
+    return refactor(delta_weight, rank or min(delta_weight.shape))

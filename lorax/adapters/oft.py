@@ -36,7 +36,7 @@ class OftLayer(AdapterLayer):
 
     @classmethod
     def shape_of(cls, shapes: Shapes) -> Shape:
-        """See the base; the blocks tell the outputs only."""
+        """Return `[out]`: the blocks tell the outputs only."""
         blocks, rescale = shapes["oft_blocks"], shapes.get("rescale")
         if len(blocks) != cls.DIMENSIONS or blocks[-1] != blocks[-2]:
             raise misfit(cls.KIND, shapes, "which are no square blocks")

@@ -30,26 +30,26 @@ class Pattern:
         self._tokens: list[str] = TOKEN.findall(text)
         if text.count("(") > GROUPS:
             raise ValueError(f"a pattern of more than {GROUPS} groups")
-        self._place = 0
+        self._position = 0
         # for each state the characters that lead on, and the states that follow without one
         self._steps: list[list[tuple[re.Pattern[str], int]]] = []
         self._free: list[list[tuple[str, int]]] = []
         self._start = self._state()
         self._end = self._either(self._start)
-        if self._place < len(self._tokens):
+        if self._position < len(self._tokens):
             raise ValueError(f"the pattern {text!r} closes a group that it does not open")
 
     def matches(self, path: str) -> tuple[bool, int]:
         """Return whether the path, or its end after a dot, is what the pattern describes; and the steps that took."""
         states: set[int] = set()
         steps = 0
-        for place in range(len(path) + 1):
-            if place == 0 or path[place - 1] == ".":
+        for position in range(len(path) + 1):
+            if position == 0 or path[position - 1] == ".":
                 states.add(self._start)
-            states = self._reached(states, place == 0, place == len(path))
+            states = self._reached(states, position == 0, position == len(path))
             steps += len(states)
-            if place < len(path):
-                states = {to for state in states for one, to in self._steps[state] if one.match(path[place])}
+            if position < len(path):
+                states = {to for state in states for one, to in self._steps[state] if one.match(path[position])}
         return self._end in states, steps
 
     def _reached(self, states: Iterable[int], is_start: bool, is_end: bool) -> set[int]:
@@ -77,10 +77,10 @@ class Pattern:
 
     def _take(self, *wanted: str) -> str:
         """Return the next token and go past it, if it is one of these (or none is given); else an empty one."""
-        token = self._tokens[self._place] if self._place < len(self._tokens) else ""
+        token = self._tokens[self._position] if self._position < len(self._tokens) else ""
         if not token or (wanted and token not in wanted):
             return ""
-        self._place += 1
+        self._position += 1
         return token
 
     def _either(self, start: int) -> int:
@@ -88,7 +88,7 @@ class Pattern:
         end = self._state()
         while True:
             state = self._follow(start)
-            while self._place < len(self._tokens) and self._tokens[self._place] not in ("|", ")"):
+            while self._position < len(self._tokens) and self._tokens[self._position] not in ("|", ")"):
                 state = self._repeated(state)
             self._follow(state, to=end)
             if not self._take("|"):
@@ -96,28 +96,28 @@ class Pattern:
 
     def _repeated(self, start: int) -> int:
         """Read one part with its repeats; return the state after it."""
-        begins = self._place
+        begins = self._position
         first = self._follow(start)
         state = self._part(first)
         least, most = self._repeats()
-        ends = self._place
+        ends = self._position
         after = [start] * (least == 0) + [state] * (least <= 1 and most != 0)
         for count in range(2, (most or max(least, 1)) + 1):
-            self._place = begins
+            self._position = begins
             first = self._follow(state)
             state = self._part(first)
             after += [state] * (count >= least)
         if most is None:
             self._follow(state, to=first)
-        self._place = ends
+        self._position = ends
         end = self._state()
         for state in after:
             self._follow(state, to=end)
         return end
 
     def _repeats(self) -> tuple[int, int | None]:
-        """Return how often the part before this place may come at least and at most; None is without an end."""
-        token = self._tokens[self._place] if self._place < len(self._tokens) else ""
+        """Return how often the part before this position may come at least and at most; None is without an end."""
+        token = self._tokens[self._position] if self._position < len(self._tokens) else ""
         counted = re.fullmatch(r"\{(\d*)(,?)(\d*)\}", token)
         if token in REPEATS:
             least, most = REPEATS[token]
@@ -126,9 +126,9 @@ class Pattern:
             most = int(counted[3]) if counted[3] else None if counted[2] else least
         else:
             return 1, 1
-        self._place += 1
+        self._position += 1
         self._take("?")  # lazy or not, the same paths match
-        again = self._tokens[self._place : self._place + 1]
+        again = self._tokens[self._position : self._position + 1]
         if (again and again[0][0] in "*+?{") or (most is not None and most < least):
             raise ValueError(f"a repeat that is none, {token}")
         return least, most
@@ -136,7 +136,7 @@ class Pattern:
     def _part(self, start: int) -> int:
         token = self._take()
         if token in ("(", "(?:"):
-            if token == "(" and self._tokens[self._place : self._place + 1] == ["?"]:
+            if token == "(" and self._tokens[self._position : self._position + 1] == ["?"]:
                 raise ValueError("a group of a kind that is not known, (?")
             end = self._either(start)
             if not self._take(")"):
@@ -162,13 +162,13 @@ class Patterns:
     def __init__(self, values: Mapping[str, float]) -> None:
         plain = {key: re.sub(r"\\(?=[.\-])", "", key) for key in values}
         self._plain = {
-            path: (place, values[key])
-            for place, (key, path) in reversed(list(enumerate(plain.items())))
+            path: (position, values[key])
+            for position, (key, path) in reversed(list(enumerate(plain.items())))
             if re.fullmatch(r"[\w.\-]+", path)
         }
         self._other = [
-            (place, Pattern(key), value)
-            for place, (key, value) in enumerate(values.items())
+            (position, Pattern(key), value)
+            for position, (key, value) in enumerate(values.items())
             if not re.fullmatch(r"[\w.\-]+", plain[key])
         ]
         self._steps = 0
@@ -181,8 +181,8 @@ class Patterns:
         """
         ends = (path[start:] for start in (0, *(dot.end() for dot in re.finditer(r"\.", path))))
         found = min((self._plain[end] for end in ends if end in self._plain), default=(math.inf, default))
-        for place, pattern, value in self._other:
-            if place > found[0]:
+        for position, pattern, value in self._other:
+            if position > found[0]:
                 break
             if self._steps > STEPS:
                 got = f"more than {STEPS} steps for {len(self._plain) + len(self._other)} patterns"

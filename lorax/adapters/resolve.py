@@ -15,13 +15,13 @@ from .layer import AdapterLayer, Shape, fits, magnitude_shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Update:
+class SpelledUpdate:
     """An update as its file spells it: which layer it is of, only a base or a family tells.
 
     Attributes:
         component: What its key says: `unet` for the model that denoises, a text encoder or a kind of one.
         path: The module path as it is spelled.
-        own: The update, on a layer of that name.
+        update: The update, on a layer of that name.
         shape: What its parts tell of the weight (see `AdapterLayer.shape_of`).
         naming: The naming of its key.
         keys: The keys of the file that hold it.
@@ -30,7 +30,7 @@ class Update:
 
     component: str
     path: str
-    own: AdapterLayer
+    update: AdapterLayer
     shape: Shape
     naming: str = ""
     keys: tuple[str, ...] = ()
@@ -42,21 +42,24 @@ class Update:
         return self.component, self.path, self.naming
 
 
+Origins = tuple[SpelledUpdate, ...]
+
+
 @dataclass(slots=True)
-class Placed:
+class Resolved:
     """Updates on the layers that they mean.
 
     Attributes:
         families: The families that the adapter may be of, by whose names the layers are called.
         layers: The update of each layer, by layer name.
         origins: The updates of the file that each of `layers` is (or is a part of) the sum of.
-        refused: What found no place, and why.
+        refused: What found no layer, and why.
     """
 
     families: tuple[Family, ...]
     layers: dict[str, AdapterLayer] = field(default_factory=dict[str, AdapterLayer])
-    origins: dict[AdapterLayer, tuple[Update, ...]] = field(default_factory=dict[AdapterLayer, tuple[Update, ...]])
-    refused: list[tuple[Update, FormatError]] = field(default_factory=list[tuple[Update, FormatError]])
+    origins: dict[AdapterLayer, Origins] = field(default_factory=dict[AdapterLayer, Origins])
+    refused: list[tuple[SpelledUpdate, FormatError]] = field(default_factory=list[tuple[SpelledUpdate, FormatError]])
 
     @property
     def family(self) -> Family | None:
@@ -69,7 +72,7 @@ class Placed:
         return self.families if len(self.families) > 1 else ()
 
 
-def place(updates: Sequence[Update], base: Base | None, told: tuple[Family, ...]) -> Placed:
+def resolve(updates: Sequence[SpelledUpdate], base: Base | None, told: tuple[Family, ...]) -> Resolved:
     """Give every update the layer that it means: by the names of its base, else by those of its family.
 
     What nothing is known of, and what several possible families call differently, keeps the name of its file.
@@ -81,37 +84,36 @@ def place(updates: Sequence[Update], base: Base | None, told: tuple[Family, ...]
     """
     if base is not None and _is_of(updates, base, told):
         told = (base.family,)
-    placed = Placed(told)
+    resolved = Resolved(told)
+    layers, origins = resolved.layers, resolved.origins
     reach: dict[str, set[str]] = {}  # of each layer, all layers of the updates that it has
-    for update in updates:
+    for spelled in updates:
         try:
-            found = _vector(update, base, told) if update.parameter else _matrix(update, base, told)
-            names = {own.layer.name for own in found}
+            found = _vector(spelled, base, told) if spelled.parameter else _matrix(spelled, base, told)
+            names = {update.layer.name for update in found}
             # As in ComfyUI those of a fused weight and of its part add up; of two for the same weight one counts.
             if twice := next((name for name in names if reach.get(name) == names), ""):
                 got = f"another key of the file means the same layer, {twice}"
                 raise FormatError("two updates for one layer", got, "use a sound copy")
-            found = [
-                total(placed.layers[own.layer.name], own) if own.layer.name in placed.layers else own for own in found
-            ]
+            found = [total(layers[u.layer.name], u) if u.layer.name in layers else u for u in found]
         except FormatError as error:
-            placed.refused.append((update, error))
+            resolved.refused.append((spelled, error))
             continue
-        for own in found:
-            name = own.layer.name
-            before = placed.origins.pop(placed.layers[name]) if name in placed.layers else ()
-            placed.layers[name] = own
-            placed.origins[own] = (*before, update)
+        for update in found:
+            name = update.layer.name
+            before = origins.pop(layers[name]) if name in layers else ()
+            layers[name] = update
+            origins[update] = (*before, spelled)
             reach[name] = names
-    return placed
+    return resolved
 
 
-def families_of(updates: Iterable[Update]) -> tuple[Family, ...]:
+def families_of(updates: Iterable[SpelledUpdate]) -> tuple[Family, ...]:
     """Return the families that names and sizes of updates fit, the more the better; none if they fit none.
 
     Several are left where the file does not tell: FLUX.1 and Chroma call most of their layers alike.
     """
-    updates = [update for update in updates if not update.parameter]
+    updates = [spelled for spelled in updates if not spelled.parameter]
     if widths := text_widths(updates):
         return tuple(f for f in families().values() if widths == {f.text_width})
     found = {family: _fitted(updates, family) for family in families().values()}
@@ -124,63 +126,63 @@ def families_of(updates: Iterable[Update]) -> tuple[Family, ...]:
     def as_deep(family: Family) -> int:
         return family.as_deep(layer for _, layers in found[family] for layer in layers)
 
-    def spelled(family: Family) -> int:
-        return sum(_is_spelled(update, layers[0], family) for update, layers in found[family])
+    def as_spelled(family: Family) -> int:
+        return sum(_is_spelled(spelled, layers[0], family) for spelled, layers in found[family])
 
     left = list(found)
-    for evidence in (fitting, as_deep, spelled):
+    for evidence in (fitting, as_deep, as_spelled):
         values = [evidence(family) for family in left]
         left = [family for family, value in zip(left, values, strict=True) if value == max(values)]
     return tuple(left)
 
 
-def text_widths(updates: Iterable[Update]) -> set[int]:
+def text_widths(updates: Iterable[SpelledUpdate]) -> set[int]:
     """Return the widths of the text that the cross-attention of a U-Net reads, by which its family is told."""
-    return {update.shape[1] for update in updates if len(update.shape) > 1 and reads_text(update.path)}
+    return {spelled.shape[1] for spelled in updates if len(spelled.shape) > 1 and reads_text(spelled.path)}
 
 
-def _is_of(updates: Sequence[Update], base: Base, told: tuple[Family, ...]) -> bool:
+def _is_of(updates: Sequence[SpelledUpdate], base: Base, told: tuple[Family, ...]) -> bool:
     """Return whether updates are of the family of a base rather than of those that they tell without it."""
     if text_widths(updates):
         return base.family in told
     return _fitting(updates, base.family, base) >= max((_fitting(updates, family) for family in told), default=0)
 
 
-def _fitted(updates: Iterable[Update], family: Family) -> list[tuple[Update, list[Layer]]]:
+def _fitted(updates: Iterable[SpelledUpdate], family: Family) -> list[tuple[SpelledUpdate, list[Layer]]]:
     """Return the updates that can be of layers of a family, with these."""
     # Without its naming: that the first text encoder of kohya is a family's second is told by the rest of a file.
     found = (
         (u, _meant(u.component, u.path, "" if u.naming == "kohya" else u.naming, u.shape, family)) for u in updates
     )
     return [
-        (update, layers)
-        for update, layers in found
-        if _whole_fits(layers, update.shape) and family.is_proportional(layers, update.shape)
+        (spelled, layers)
+        for spelled, layers in found
+        if _whole_fits(layers, spelled.shape) and family.is_proportional(layers, spelled.shape)
     ]
 
 
-def _fitting(updates: Iterable[Update], family: Family, base: Base | None = None) -> int:
+def _fitting(updates: Iterable[SpelledUpdate], family: Family, base: Base | None = None) -> int:
     """Return how many updates can be of layers of a base or, where it lacks them, of its family."""
-    updates = [update for update in updates if not update.parameter]
+    updates = [spelled for spelled in updates if not spelled.parameter]
     rest = [u for u in updates if base is None or not _whole_fits(_found(*u.module, base, (), u.shape), u.shape)]
     return len(updates) - len(rest) + len(_fitted(rest, family))
 
 
-def _is_spelled(update: Update, layer: Layer, family: Family) -> bool:
+def _is_spelled(spelled: SpelledUpdate, layer: Layer, family: Family) -> bool:
     """Return whether programs that write files in this naming for this family call the layer so."""
-    if update.naming == "kohya" and not layer.is_main:
+    if spelled.naming == "kohya" and not layer.is_main:
         encoder = next(e for e in family.text_encoders if e.component == layer.component)
-        return all(key.startswith(f"{encoder.kohya}_") for key in update.keys)
-    original = update.naming == "original" or (update.naming == "kohya" and family.kohya == "original")
+        return all(key.startswith(f"{encoder.kohya}_") for key in spelled.keys)
+    original = spelled.naming == "original" or (spelled.naming == "kohya" and family.kohya == "original")
     path = flatten((original and layer.original) or layer.path)
-    return path in (flatten(update.path), flatten(update.path) + "_0")
+    return path in (flatten(spelled.path), flatten(spelled.path) + "_0")
 
 
 def names_of(component: str, path: str, naming: str, base: Base | None, told: tuple[Family, ...]) -> list[str]:
     """Return the names of the layers that a module of a file means; where nothing is known of it, its own.
 
     Args:
-        component: What its key says (see `Update`).
+        component: What its key says (see `SpelledUpdate`).
         path: The module path as it is spelled.
         naming: The naming of its key.
         base: The base, if at hand.
@@ -232,20 +234,20 @@ def _whole_fits(layers: list[Layer], shape: Shape) -> bool:
     return fits((rows, *layers[0].shape[1:]), shape)
 
 
-def _matrix(update: Update, base: Base | None, told: tuple[Family, ...]) -> list[AdapterLayer]:
+def _matrix(spelled: SpelledUpdate, base: Base | None, told: tuple[Family, ...]) -> list[AdapterLayer]:
     """Return the update of a matrix on its layer; on the parts of a fused one, where its kind can be cut."""
-    found = _found(*update.module, base, told, update.shape)
-    own, shape = update.own, update.own.layer.shape  # of the outputs alone a layer cannot be made
+    found = _found(*spelled.module, base, told, spelled.shape)
+    update, shape = spelled.update, spelled.update.layer.shape  # of the outputs alone a layer cannot be made
     if not found:
-        return [replace(own, layer=replace(own.layer, name=_own_name(update.component, update.path, told)))]
-    own = _in_our_order(update, found[0])
+        return [replace(update, layer=replace(update.layer, name=_own_name(spelled.component, spelled.path, told)))]
+    update = _in_our_order(spelled, found[0])
     if not _whole_fits(found, shape):
         whole = replace(found[0], shape=shape) if len(found) == 1 else whole_of(found, shape)
-        return [_on(own, whole)]
+        return [_on(update, whole)]
     if len(found) == 1:
-        return [_on(own, found[0] if found[0].shape else replace(found[0], shape=shape))]
-    own = _on(own, whole_of(found, shape))
-    return [*(own.cut(found) or [own])]
+        return [_on(update, found[0] if found[0].shape else replace(found[0], shape=shape))]
+    update = _on(update, whole_of(found, shape))
+    return [*(update.cut(found) or [update])]
 
 
 def _agreed(options: list[list[Layer]]) -> list[Layer]:
@@ -259,25 +261,25 @@ def _agreed(options: list[list[Layer]]) -> list[Layer]:
     return named[:1] if len(set(named)) == 1 else []
 
 
-def _in_our_order(update: Update, layer: Layer) -> AdapterLayer:
+def _in_our_order(spelled: SpelledUpdate, layer: Layer) -> AdapterLayer:
     """Return an update with shift and scale in the order of its layer, where its file has them in the other."""
-    path = f"{update.path}.{update.parameter}" if update.parameter else update.path
-    is_other = is_swapped(layer, path) and not update.own.layer.swapped  # what a transfer made has our order
-    return with_halves_swapped(update.own) if is_other else update.own
+    path = f"{spelled.path}.{spelled.parameter}" if spelled.parameter else spelled.path
+    is_other = is_swapped(layer, path) and not spelled.update.layer.swapped  # what a transfer made has our order
+    return with_halves_swapped(spelled.update) if is_other else spelled.update
 
 
-def _on(own: AdapterLayer, layer: Layer) -> AdapterLayer:
+def _on(update: AdapterLayer, layer: Layer) -> AdapterLayer:
     """Return an update on a layer.
 
     Raises:
         FormatError: It cannot be of a layer of this size.
     """
-    own.check(layer, {name: tuple(part.shape) for name, part in own.parts().items()})
+    update.check(layer, {name: tuple(part.shape) for name, part in update.parts().items()})
     changes: dict[str, Any] = {"layer": layer}
-    scale = own.parts().get("dora_scale")
+    scale = update.parts().get("dora_scale")
     if scale is not None and layer.shape:
         changes["dora_scale"] = scale.reshape(magnitude_shape(tuple(scale.shape), layer.shape) or scale.shape)
-    return replace(own, **changes)
+    return replace(update, **changes)
 
 
 def whole_of(parts: list[Layer], shape: Shape) -> Layer:
@@ -287,18 +289,19 @@ def whole_of(parts: list[Layer], shape: Shape) -> Layer:
     return Layer(f"{parts[0].component}.{parts[0].original}", shape, parts[0].original)
 
 
-def _vector(update: Update, base: Base | None, told: tuple[Family, ...]) -> list[AdapterLayer]:
+def _vector(spelled: SpelledUpdate, base: Base | None, told: tuple[Family, ...]) -> list[AdapterLayer]:
     """Return the difference of a parameter of one dimension on it."""
-    for path in (f"{update.path}.{update.parameter}", update.path):
+    for path in (f"{spelled.path}.{spelled.parameter}", spelled.path):
         if base is not None and (
-            found := base.vectors.find(_component(update.component, update.naming, base.family), path)
+            found := base.vectors.find(_component(spelled.component, spelled.naming, base.family), path)
         ):
-            return [replace(_in_our_order(update, found[0]), layer=replace(found[0], shape=update.shape))]
-    owners = _agreed([family.find(_component(update.component, update.naming, family), update.path) for family in told])
+            return [replace(_in_our_order(spelled, found[0]), layer=replace(found[0], shape=spelled.shape))]
+    component, naming = spelled.component, spelled.naming
+    owners = _agreed([family.find(_component(component, naming, family), spelled.path) for family in told])
     if not owners:
-        name = f"{_own_name(update.component, update.path, told)}.{update.parameter}"
-        return [replace(update.own, layer=replace(update.own.layer, name=name))]
+        name = f"{_own_name(spelled.component, spelled.path, told)}.{spelled.parameter}"
+        return [replace(spelled.update, layer=replace(spelled.update.layer, name=name))]
     owner = owners[0] if len(owners) == 1 else whole_of(owners, ())
-    original = f"{owner.original or owner.path}.{update.parameter}"
-    layer = Layer(f"{owner.name}.{update.parameter}", update.shape, original, swapped=owner.swapped)
-    return [replace(_in_our_order(update, layer), layer=layer)]
+    original = f"{owner.original or owner.path}.{spelled.parameter}"
+    layer = Layer(f"{owner.name}.{spelled.parameter}", spelled.shape, original, swapped=owner.swapped)
+    return [replace(_in_our_order(spelled, layer), layer=layer)]

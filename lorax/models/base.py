@@ -163,16 +163,16 @@ def open_base(path: str | os.PathLike[str]) -> Base:
     spellings = family.spellings(found)
     if family is UNKNOWN:
         spellings |= {prefix + layer.path: [layer.name] for layer in found}
-    places: dict[str, Stored] = {}
+    weights: dict[str, Stored] = {}
     for layer in found:
         module, rows = module_place(layer, shapes)
-        places[layer.name] = replace(main[f"{prefix}{module}.weight"], rows=rows)
+        weights[layer.name] = replace(main[f"{prefix}{module}.weight"], rows=rows)
     layers = [*found]
     for encoder in family.text_encoders:
         tensors, starts = (main, encoder.checkpoint) if "" in parts else (parts.get(encoder.component, {}), ("",))
-        for layer, place in _text_layers(encoder.component, tensors, starts):
+        for layer, weight in _text_layers(encoder.component, tensors, starts):
             layers.append(layer)
-            places[layer.name] = place
+            weights[layer.name] = weight
     stored = [tensor for tensors in parts.values() for tensor in tensors.values()]
     opened = [
         file for part in parts.values() for _, file in sorted({t.file.path: t.file for t in part.values()}.items())
@@ -182,7 +182,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
         name=Path(os.path.abspath(path)).name,
         family=family,
         layers=LayerTable(layers, spellings),
-        read=lambda layer: in_our_order(places[layer.name].read(), layer, module_place(layer, shapes)[0]),
+        read=lambda layer: in_our_order(weights[layer.name].read(), layer, module_place(layer, shapes)[0]),
         vectors=LayerTable(family.vectors(_sizes(main, prefix), found)),
         files=[file.path for file in opened],
         state=tuple((os.path.realpath(file.path), *file.state) for file in opened),
@@ -301,8 +301,8 @@ def _spelled(
         for rows, path in whole.items():
             shape = layer.shape if rows is None else (rows[1] - rows[0], *layer.shape[1:])
             cut.append(Layer(f"{layer.component}.{path}", shape, layer.original, rows))
-    place = {(layer.original, layer.rows): layer.name for layer in cut}
-    return cut, {path: [place[target]] for path, target in spellings.items() if target in place}
+    names = {(layer.original, layer.rows): layer.name for layer in cut}
+    return cut, {path: [names[target]] for path, target in spellings.items() if target in names}
 
 
 def _module_shapes(tensors: Tensors, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -169,10 +169,10 @@ class LayerTable(Mapping[str, Layer]):
         Returns:
             No layer, one, or the parts of a fused weight in row order.
         """
-        place = "" if component in MAIN else component
-        found = self._spellings.get((place, flatten(path)), [])
+        component = "" if component in MAIN else component
+        found = self._spellings.get((component, flatten(path)), [])
         if not found and (fused := FUSED.fullmatch(flatten(path))):
-            parts = [self._spellings.get((place, f"{fused[1]}_{part}")) for part in FUSED_PARTS[fused[2]]]
+            parts = [self._spellings.get((component, f"{fused[1]}_{part}")) for part in FUSED_PARTS[fused[2]]]
             return [layers[0] for layers in parts if layers] if all(parts) else []
         nested = None if found else NESTED.match(path)
         return self.find(component, path[nested.end() :]) if nested else found

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 
-# (blocks of a level, the LDM place of the sampler that ends it; 0: none)
+# (blocks of a level, the LDM index of the sampler that ends it within its block; 0: none)
 Levels = list[tuple[int, int]]
 
 RESNET = {
@@ -52,9 +52,9 @@ def ldm_to_diffusers(modules: Iterable[str]) -> dict[str, str]:
             down.append((0, 0))
     up: Levels = [(0, 0)]
     for k in _while_in(heads, "output_blocks.{}", 0):
-        place = next((place for place in (1, 2) if f"output_blocks.{k}.{place}.conv" in names), 0)
-        up[-1] = (up[-1][0] + 1, place)
-        if place:
+        index = next((index for index in (1, 2) if f"output_blocks.{k}.{index}.conv" in names), 0)
+        up[-1] = (up[-1][0] + 1, index)
+        if index:
             up.append((0, 0))
     return _translate(names, dict(_blocks(down, up)), RESNET)
 
@@ -82,8 +82,8 @@ def diffusers_to_ldm(modules: Iterable[str]) -> dict[str, str]:
     for i in _while_in(heads, "up_blocks.{}", 0):
         blocks = blocks_of(f"up_blocks.{i}")
         # An upsampler stands behind the attention of its block, where there is one.
-        place = 2 if f"up_blocks.{i}.attentions.{blocks - 1}" in heads else 1
-        up.append((blocks, place if f"up_blocks.{i}.upsamplers.0.conv" in names else 0))
+        index = 2 if f"up_blocks.{i}.attentions.{blocks - 1}" in heads else 1
+        up.append((blocks, index if f"up_blocks.{i}.upsamplers.0.conv" in names else 0))
     prefixes = {path: ldm for ldm, path in _blocks(down, up)}
     return _translate(names, prefixes, {path: ldm for ldm, path in RESNET.items()})
 
@@ -107,13 +107,13 @@ def _blocks(down: Levels, up: Levels) -> Iterator[tuple[str, str]]:
             k += 1
             yield f"input_blocks.{k}.0.op", f"down_blocks.{level}.downsamplers.0.conv"
     k = -1
-    for level, (blocks, place) in enumerate(up):
+    for level, (blocks, index) in enumerate(up):
         for j in range(blocks):
             k += 1
             yield f"output_blocks.{k}.0", f"up_blocks.{level}.resnets.{j}"
             yield f"output_blocks.{k}.1", f"up_blocks.{level}.attentions.{j}"
-        if place:
-            yield f"output_blocks.{k}.{place}.conv", f"up_blocks.{level}.upsamplers.0.conv"
+        if index:
+            yield f"output_blocks.{k}.{index}.conv", f"up_blocks.{level}.upsamplers.0.conv"
 
 
 def _translate(names: Iterable[str], prefixes: Mapping[str, str], inner: Mapping[str, str]) -> dict[str, str]:

@@ -58,7 +58,7 @@ class LoraXLayers(nn.Module):
             name: What to call it.
         """
         layers = [layer.learnt() for layer in self._layers.values() if isinstance(layer, _Layer)]
-        return Adapter(name, self._base.family, "lora-x", {own.layer.name: own for own in layers}, self.unused)
+        return Adapter(name, self._base.family, "lora-x", {update.layer.name: update for update in layers}, self.unused)
 
     def remove(self) -> None:
         """Take the layers out of the model, which is then what it was before; `adapter` still works."""
@@ -162,14 +162,14 @@ def attach(
         place = module_place(layer, modules)
         _check_module(layer, modules.get(place[0]))
         weight = modules[place[0]].get_parameter("weight")
-        own = known.get(layer.name)
+        update = known.get(layer.name)
         where = engine or Engine(str(weight.device))
-        space = where.triplets(base, layer.name, own.rank if own is not None else rank or RANK)
+        space = where.triplets(base, layer.name, update.rank if update is not None else rank or RANK)
         if space.rank:
             kept = dtype or (weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else None)
             U = in_our_order(space.U, layer, place[0])  # which is its own inverse
             U, Vh = (part.to(weight.device, kept or torch.float32) for part in (U, space.Vh))
-            delta = torch.zeros(space.rank) if own is None else own.delta
+            delta = torch.zeros(space.rank) if update is None else update.delta
             delta = delta.to(weight.device, torch.float32, copy=True)
             space = Subspace(U, space.S, Vh)
             made[layer.name] = _Layer(layer, place, space, delta, base.fingerprint(layer.name))
@@ -186,13 +186,14 @@ def _started(start: Adapter, base: Base, alone: bool) -> dict[str, LoraXLayer]:
     if not alone:
         raise OptionError("layers and rank are those of the adapter to train on", start.name, "leave them out")
     layers: dict[str, LoraXLayer] = {}
-    for name, own in start.resolved(base).layers.items():
-        if not isinstance(own, LoraXLayer):
-            raise OptionError("only a LoRA-X can be trained on", f"{name} is {own.kind}", "convert it to LoRA-X first")
+    for name, update in start.resolved(base).layers.items():
+        if not isinstance(update, LoraXLayer):
+            got = f"{name} is {update.kind}"
+            raise OptionError("only a LoRA-X can be trained on", got, "convert it to LoRA-X first")
         if name not in base.layers:
             raise MismatchError("the adapter has a layer that the model has not", name, "give the adapter's own base")
-        own.check_source(base)
-        layers[name] = own
+        update.check_source(base)
+        layers[name] = update
     return layers
 
 
