@@ -146,10 +146,14 @@ def test_the_environment_says_where_and_how_large(monkeypatch, tmp_path):
     cache = open_cache()
     assert cache is not None
     assert (cache.folder, cache.limit) == (tmp_path, 2**29)
-    for wrong in ("much", "0", "-1", "nan", "inf"):
-        monkeypatch.setenv("LORAX_CACHE_GB", wrong)
-        with pytest.raises(OptionError, match="LORAX_CACHE_GB"):
-            open_cache()
+
+
+@pytest.mark.parametrize("size", ["much", "0", "-1", "nan", "inf"])
+def test_a_size_of_the_cache_that_is_none(monkeypatch, tmp_path, size):
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("LORAX_CACHE_GB", size)
+    with pytest.raises(OptionError, match="LORAX_CACHE_GB"):
+        open_cache()
 
 
 NOBODY = 65534

@@ -47,16 +47,16 @@ LIMITS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("read", [TensorFile, load_adapter, open_base, describe])
 @pytest.mark.parametrize(("content", "words"), LIMITS.values(), ids=LIMITS)
-def test_limits_of_a_file(tmp_path, content, words):
+def test_limits_of_a_file(tmp_path, content, words, read):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    for read in (TensorFile, load_adapter, open_base, describe):
-        start = time.process_time()
-        with pytest.raises(FileError, match=words) as caught:
-            read(path)
-        assert time.process_time() - start < 1
-        assert len(str(caught.value)) < 1000
+    start = time.process_time()
+    with pytest.raises(FileError, match=words) as caught:
+        read(path)
+    assert time.process_time() - start < 1
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_file_at_the_limits_is_read(tmp_path):
@@ -69,29 +69,29 @@ def test_a_file_at_the_limits_is_read(tmp_path):
     assert len(TensorFile(path).entries) == TENSORS
 
 
-def test_limits_of_a_layer(tmp_path):
+SIDE = int(WEIGHT**0.5) + 1
+HADAMARD = {f"hada_w{i}_{s}": (SIDE, 1) if s == "a" else (1, SIDE) for i in "12" for s in "ab"}
+TUCKER = {"lora_up.weight": (1, 1000), "lora_down.weight": (1000, 20_000, 1, 1), "lora_mid.weight": (1000, 1000, 8, 8)}
+TOO_LARGE = {
+    "rank of a LoRA": ("rank", {"lora_up.weight": (2, RANK + 1), "lora_down.weight": (RANK + 1, 2)}),
+    "rank of a FouRA": (
+        "rank", {"foura_up.weight": (2, RANK + 1), "foura_down.weight": (RANK + 1, 2), "foura_gate": (RANK + 1,)}),
+    "rank of a LoKr": ("rank", {"lokr_w1": (1, 1), "lokr_w2_a": (2, RANK + 1), "lokr_w2_b": (RANK + 1, 2)}),
+    "weight of a LoRA": ("larger than any", {"lora_up.weight": (SIDE, 1), "lora_down.weight": (1, SIDE)}),
+    "weight of a LoKr": ("larger than any", {"lokr_w1": (SIDE, 1), "lokr_w2": (1, SIDE)}),
+    "weight of a LoHa": ("larger than any", HADAMARD),
+    "middle of a LoRA": ("lora_mid", TUCKER),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "shapes"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_limits_of_a_layer(tmp_path, words, shapes):
     path = tmp_path / "a.safetensors"
-
-    def refused(words, **tensors):
-        save_file({f"lora_unet_x.{name.replace('__', '.')}": part for name, part in tensors.items()}, path)
-        with pytest.raises(FormatError, match=words):
-            load_adapter(path)
-        with pytest.raises(FormatError):
-            describe(path)
-
-    e = torch.zeros
-    refused("rank", lora_up__weight=e(2, RANK + 1), lora_down__weight=e(RANK + 1, 2))
-    refused("rank", foura_up__weight=e(2, RANK + 1), foura_down__weight=e(RANK + 1, 2), foura_gate=e(RANK + 1))
-    refused("rank", lokr_w1=e(1, 1), lokr_w2_a=e(2, RANK + 1), lokr_w2_b=e(RANK + 1, 2))
-    side = int(WEIGHT**0.5) + 1
-    refused("larger than any", lora_up__weight=e(side, 1), lora_down__weight=e(1, side))
-    refused("larger than any", lokr_w1=e(side, 1), lokr_w2=e(1, side))
-    loha = {f"hada_w{i}_{s}": e(side, 1) if s == "a" else e(1, side) for i in "12" for s in "ab"}
-    refused("larger than any", **loha)
-    middle = {"lora_up__weight": e(1, 1000), "lora_down__weight": e(1000, 20_000, 1, 1)}
-    refused(
-        "lora_mid", **middle, lora_mid__weight=torch.zeros(1000, 1000, 8, 8, dtype=torch.float16)[:1000, :1000, :8, :8]
-    )
+    save_file({f"lora_unet_x.{name}": torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}, path)
+    with pytest.raises(FormatError, match=words):
+        load_adapter(path)
+    with pytest.raises(FormatError):
+        describe(path)
 
 
 def test_a_rank_above_its_layer_costs_what_the_file_costs(tmp_path, pair):

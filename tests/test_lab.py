@@ -69,7 +69,9 @@ def test_each_idea_moves_an_update_onto_its_own_base_unchanged():
 
 def test_each_adapter_is_moved_in_the_ways_of_the_published_rounds():
     rows = json.loads((RESULTS / "fluent-0.json").read_text())["rows"]
-    for kind, pair in {(row["kind"], row["on"]) for row in rows if row["kind"] and row["on"] in PAIRS}:
+    measured = {(row["kind"], row["on"]) for row in rows if row["kind"] and row["on"] in PAIRS}
+    assert {pair for _, pair in measured} == set(PAIRS)
+    for kind, pair in measured:
         moved = [row["way"] for row in rows if (row["kind"], row["on"]) == (kind, pair) and row["way"] != "trained"]
         assert sorted(way.name for way in ways(kind, pair)) == sorted(moved), (kind, pair)
 

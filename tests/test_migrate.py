@@ -192,8 +192,10 @@ def test_a_journal_of_anything_gives_sound_records_only(tmp_path, lines, sound):
     for record in journal.records.values():
         Summary([record, replace(record, status="kept")]).to_json()
         assert isinstance(record.output, str)
-        assert sum(record.seconds) + record.layers + record.arrived + (record.retained or 0) is not None
-        assert ", ".join([record.name, record.status, record.error, record.output_hash, *record.warnings]) is not None
+        numbers = (*record.seconds, record.layers, record.arrived, record.retained or 0)
+        texts = (record.name, record.status, record.error, record.output_hash, *record.warnings)
+        assert {type(number) for number in numbers} <= {int, float}
+        assert {type(text) for text in texts} == {str}
     assert not sound or journal.records["a"] == known
 
 
