@@ -28,7 +28,7 @@ _libraries: list[torch.library.Library] = []
 class Single(Tensor):
     """A tensor on the device."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "Single":

@@ -79,7 +79,7 @@ def test_a_model_in_its_original_naming_opens_whatever_is_around_it(model, tmp_p
         save_file({f"{around}{key}": weight for key, weight in tensors.items()}, tmp_path / "base.safetensors")
         base = open_base(tmp_path / "base.safetensors")
         assert (base.family, base.naming) == (family, "original"), around
-    check(base, model, name)
+    check(open_base(tmp_path / "base.safetensors"), model, name)
     blocks = {key.replace(".0.", ".0._checkpoint_wrapped_module.", 1): weight for key, weight in tensors.items()}
     save_file(blocks, tmp_path / "base.safetensors")
     check(open_base(tmp_path / "base.safetensors"), model, name)
@@ -102,6 +102,7 @@ def test_an_original_unet_has_the_weights_that_diffusers_converts(name, tmp_path
         save_file({k.replace(AROUND[1], around): w for k, w in tensors.items()}, tmp_path / "base.safetensors")
         base = open_base(tmp_path / "base.safetensors")
         assert (base.family, base.naming) == (family, "original"), around
+    base = open_base(tmp_path / "base.safetensors")
     assert {layer.path for layer in base.layers.values()} == converted.keys()
     for path, weight in converted.items():
         assert torch.equal(base.read(base.layers[f"unet.{path}"]), weight), path

@@ -91,12 +91,11 @@ for i in range(10**6):
 
 @pytest.mark.parametrize("seconds", [0.01, 0.03, 0.1])
 def test_killed_while_writing(cache, seconds):
-    writer = subprocess.Popen([sys.executable, "-c", WRITE, cache.folder], stdout=subprocess.PIPE)
-    assert writer.stdout is not None
-    writer.stdout.readline()
-    time.sleep(seconds)
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
+    with subprocess.Popen([sys.executable, "-c", WRITE, cache.folder], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(seconds)
+        writer.send_signal(signal.SIGKILL)
     assert cache.verify().damaged == []
     for i in range(cache.info().get("subspaces", {"entries": 0})["entries"]):
         assert cache.read("subspaces", i) == bytes([i % 251]) * 300_000

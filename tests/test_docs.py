@@ -1,10 +1,15 @@
 """What the documents say of the code: limits, and where each module stands."""
 
+import ast
+import builtins
 import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+from lorax import errors
+from lorax.options import LORA_RANK, RANK
 
 ROOT = Path(__file__).parents[1]
 LIMITED = ("files.tensorfile", "adapters.layer", "inspect", "files.picturefile", "compare.scores", "transfer.report")
@@ -48,3 +53,39 @@ def test_every_module_has_its_place_in_the_map(module):
     lines = re.findall(rf"^{place}.*(?:\n .*)*", MAP, re.MULTILINE)
     suffix = r"\.py\b" if place == "lorax/" else r"\b"
     assert any(re.search(rf"(?<!\w){module.stem}{suffix}", line) for line in lines)
+
+
+def raised(function):
+    """The errors of ours that a function raises itself, `raise FormatError(...)`, and does not catch."""
+    nodes = list(function.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+            yield from {node.exc.func.id} & vars(errors).keys()
+        elif isinstance(node, ast.Try) and node.handlers:
+            nodes += [*node.handlers, *node.orelse, *node.finalbody]
+        elif not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            nodes += ast.iter_child_nodes(node)
+
+
+# The docstring of a command is its help.
+@pytest.mark.parametrize(
+    "module", [path for path in MODULES if path.parts[0] == "lorax" and path.stem != "cli"], ids=str
+)
+def test_docstrings_name_the_errors_that_are_raised(module):
+    """A public function names those that it raises itself; none names one that does not exist."""
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        text = ast.get_docstring(function) or ""
+        section = text.partition("\nRaises:\n")[2].partition("\n\n")[0]
+        named = set(re.findall(r"^    (\w+): ", section, re.MULTILINE))
+        assert named <= vars(errors).keys() | vars(builtins).keys(), function.name
+        if text and not function.name.startswith("_") and not text.startswith("See the base"):
+            assert set(raised(function)) <= named, function.name
+
+
+def test_the_defaults_that_the_documents_name_are_those_of_the_code():
+    readme, method = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/method.md"))
+    assert f"attach(unet, rank={RANK})" in readme
+    assert f"at rank {RANK}" in method
+    assert f"dense at rank {LORA_RANK}" in readme

@@ -47,7 +47,7 @@ def test_resuming_is_bit_for_bit(tmp_path, optimizer, parts):
     whole, result = run(12, **options)
     path = tmp_path / "training.safetensors"
     run(5, path, **options)
-    torch.rand(3), np.random.rand(3), random.random()  # other random numbers meanwhile
+    _ = torch.rand(3), np.random.rand(3), random.random()  # other random numbers meanwhile
     deltas, resumed = run(12, path, resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole, deltas, strict=True))
     assert resumed.losses == result.losses
@@ -126,9 +126,11 @@ def test_a_gradient_that_is_no_number_stops_before_it_does_harm():
 def test_the_random_numbers_of_others_are_left_alone():
     model = made()
     layers = attach(model)
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(1)
     expected = (torch.rand(3), np.random.rand(3).tolist(), random.random())
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(1)
     train(layers, loss_of(model), 2)
     found = (torch.rand(3), np.random.rand(3).tolist(), random.random())
     assert torch.equal(expected[0], found[0])

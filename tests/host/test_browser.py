@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -52,7 +53,7 @@ def front_end(host, browser, vue=False, theme="dark", locale="en", **options):
     page.context.close()
 
 
-def graph(layers="attention", method="project", rank=100, threshold=0.0):
+def graph(layers="attention", method="project", rank=100, threshold=0.0) -> dict[str, Any]:
     """Two checkpoints into Subspace Similarity and LoRA-X Transfer, as the front end saves a workflow."""
     nodes, links = [], []
 
