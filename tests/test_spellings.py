@@ -182,7 +182,7 @@ def test_the_text_conditioner_of_anima_is_its_llm_adapter(tmp_path, prefix):
         ("single_transformer_blocks.1.attn.to_qkv", [f"single_transformer_blocks.1.attn.to_{part}" for part in "qkv"]),
     ],
 )
-@pytest.mark.parametrize("naming", ["transformer.", "lora_transformer_"])
+@pytest.mark.parametrize("naming", ["transformer.", "lora_transformer_", "transformer.model."])
 def test_what_diffusers_fuses_and_the_base_has_apart(tmp_path, fused, paths, naming):
     """`fuse_qkv_projections` of diffusers' models."""
     module = naming + (fused if naming.endswith(".") else fused.replace(".", "_"))

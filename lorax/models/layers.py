@@ -173,6 +173,6 @@ class LayerTable(Mapping[str, Layer]):
         found = self._spellings.get((component, flatten(path)), [])
         if not found and (fused := FUSED.fullmatch(flatten(path))):
             parts = [self._spellings.get((component, f"{fused[1]}_{part}")) for part in FUSED_PARTS[fused[2]]]
-            return [layers[0] for layers in parts if layers] if all(parts) else []
+            found = [layers[0] for layers in parts if layers] if all(parts) else []
         nested = None if found else NESTED.match(path)
         return self.find(component, path[nested.end() :]) if nested else found

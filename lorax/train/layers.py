@@ -207,7 +207,7 @@ def _chosen(
     else:
         chosen: list[Layer] = []
         for name in layers:
-            found = [base.layers[name]] if name in base.layers else base.layers.find("unet", name)
+            found = base.layers.find("unet", name)
             if not found:
                 some = ", ".join(list(base.layers)[:3])
                 raise MismatchError("the model has no such layer", name, f"give names such as {some}")
