@@ -130,9 +130,14 @@ def test_indexed_files_over_other_layers_are_refused(tmp_path):
         load_adapter(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("key", ["", "a", "unet:", "unet:x:up", "unet:1:sideways", ".alpha", *ROLES])
-def test_odd_keys_do_not_break_the_parser(key):
-    parse(key)
+@pytest.mark.parametrize("key", ["", "a", "unet:", "unet:x:up", "unet:1:sideways"])
+def test_odd_keys_are_of_no_update(key):
+    assert parse(key) is None
+
+
+@pytest.mark.parametrize("key", ROLES)
+def test_a_role_alone_is_of_a_module_without_a_name(key):
+    assert parse(key).path == ""
 
 
 @pytest.mark.parametrize(

@@ -307,14 +307,20 @@ def test_commands_on_a_device(run, bases, lora_file, failing, fails, tmp_path, m
     }
     for command, given in words.items():
         made = [path for path in given if isinstance(path, Path) and path.parent == tmp_path]
-        found = []
+        found, tensors = [], []
         for place in ("cpu", single.NAME):
             monkeypatch.setattr("lorax.cli._device", lambda _, place=place: place)
             if fails and place == single.NAME:
                 failing(RuntimeError("gone"))
             run(command, *given, "--no-cache")
             found.append([path.read_bytes() for path in made])
-        assert found[0] == found[1] or not fails
+            files = [load_file(path) for path in made if path.suffix == ".safetensors"]
+            tensors.append({key: tensor for file in files for key, tensor in file.items()})
+        if fails:
+            assert found[0] == found[1]
+        assert bool(tensors[0]) == (command != "similarity")
+        for key, expected in tensors[0].items():
+            same(tensors[1][key], expected, limit=TOLERANCE[single.NAME])
         assert len(caplog.messages) == fails
         caplog.clear()
 

@@ -177,8 +177,10 @@ def test_a_controlnet_is_no_base_of_the_family_that_it_was_copied_from(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_spellings_are_found_without_a_base(name):
-    family = families()[name.split()[0]]
-    for layer in family.layers(shapes_of(name)):
+    family, shapes = families()[name.split()[0]], shapes_of(name)
+    layers = family.layers(shapes)
+    assert {layer.path for layer in layers} == {path for path, shape in shapes.items() if len(shape) > 1}
+    for layer in layers:
         for path in (layer.path, layer.path.replace(".", "_")):
             assert [found.name for found in family.find("unet", path)] == [layer.name]
         for path in (layer.original, layer.original.replace(".", "_")):

@@ -63,6 +63,7 @@ def test_lora_x_of_another_base_is_refused_and_a_swap_is_named(bases, lora_x, tm
 def test_convert_to_lora_x_is_the_closest_one(bases, lora):
     source = bases[0]
     converted, shares = convert_to_lora_x(lora, source, rank=20)
+    assert converted.layers.keys() == lora.layers.keys()
     for name, own in converted.layers.items():
         U, _, Vh = torch.linalg.svd(source.weight(name).double(), full_matrices=False)
         dW = lora.layers[name].delta_weight().double()
