@@ -117,9 +117,11 @@ def open_pair(name, folder, names):
     pair = Pair(name, folder, names, source, target, before, after, match_bases(source, target), 0)
     chosen = [layer for unit in pair.units("matrix") for layer in _layers(source, unit.parameter)]
     chosen += [layer for unit in pair.units("conv") for layer in _layers(source, unit.parameter)]
-    scores = {(layer.name,) * 2: pair_scores(source.weight(layer.name), target.weight(layer.name)) for layer in chosen}
+    for layer in chosen:
+        found = pair_scores(source.weight(layer.name), target.weight(layer.name))
+        pair.assignment.scores.add_pair(layer, layer, found)
     widths = sorted(min(layer.matrix_shape) for layer in chosen)
-    return replace(pair, assignment=replace(pair.assignment, scores=scores), rank=widths[len(widths) // 2] // 2)
+    return replace(pair, rank=widths[len(widths) // 2] // 2)
 
 
 def _layers(base, parameter):

@@ -32,6 +32,7 @@ import comfy.sd
 import comfy.utils
 
 from demo.synthetic import base_tensors
+from lorax.models.families import families
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +51,13 @@ def pack():
     return types.SimpleNamespace(
         host=importlib.import_module("lora_x_pack.nodes.host"),
         lorax=importlib.import_module("lora_x_pack.lorax"),
-        families=importlib.import_module("lora_x_pack.lorax.models.families").families(),
     )
 
 
 @pytest.fixture(scope="session")
-def checkpoint(pack, tmp_path_factory):
+def checkpoint(tmp_path_factory):
     """A small U-Net that the host detects as SD 1.5 (37 million parameters)."""
-    family = pack.families["sd1"]
+    family = families()["sd1"]
     small = {"channel_mult": (1, 1), "num_res_blocks": 1, "transformer_depth": (1, 1)}
     family = replace(family, unet=replace(family.unet, **small), text_encoders=())
     path = tmp_path_factory.mktemp("models") / "sd15.safetensors"
