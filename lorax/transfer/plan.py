@@ -145,14 +145,16 @@ def plan_transfer(
 def _check_belongs(adapter: Adapter, source: Base, target: Base) -> None:
     """Refuse an adapter of the target, or no layer of which is in the source."""
     layers = [
-        own for own in adapter.layers.values() if own.layer.component in source.components and own.layer.shape != ()
+        update
+        for update in adapter.layers.values()
+        if update.layer.component in source.components and update.layer.shape != ()
     ]
-    layers = layers or [own for own in adapter.layers.values() if isinstance(own, LoraXLayer)]
+    layers = layers or [update for update in adapter.layers.values() if isinstance(update, LoraXLayer)]
     if not layers:
         return
 
     def fitting(base: Base) -> set[str]:
-        return {own.layer.name for own in layers if _fits(own, base)}
+        return {update.layer.name for update in layers if _fits(update, base)}
 
     in_source, in_target = fitting(source), fitting(target)
     if not in_source:
@@ -162,16 +164,16 @@ def _check_belongs(adapter: Adapter, source: Base, target: Base) -> None:
             "swap source and target" if in_target else "give the base that it was made for",
         )
     if len(in_source) < len(in_target) == len(layers):
-        first = next(own.layer.name for own in layers if own.layer.name not in in_source)
+        first = next(update.layer.name for update in layers if update.layer.name not in in_source)
         got = f"{adapter.name}: {first} is in {target.name} and not in {source.name}"
         fix = "use it as it is; if source and target are swapped, swap them"
         raise MismatchError("the adapter is made for the target already", got, fix)
 
 
-def _fits(own: AdapterLayer, base: Base) -> bool:
+def _fits(update: AdapterLayer, base: Base) -> bool:
     """Return whether a base has the layer, in the size of the update; a fused weight counts with all its rows."""
-    name, shape = own.layer.name, own.layer.shape
-    found = [base.vectors[name]] if name in base.vectors else base.layers.parts_of(own.layer)
+    name, shape = update.layer.name, update.layer.shape
+    found = [base.vectors[name]] if name in base.vectors else base.layers.parts_of(update.layer)
     if not found or not shape:
         return bool(found)
     columns = Layer("", shape).matrix_shape[1]

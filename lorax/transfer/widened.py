@@ -46,25 +46,25 @@ def first_channels(base: Base, layer: Layer, channels: int) -> Base:
     return Base(base.name, base.family, LayerTable([part]), read)
 
 
-def cut(own: AdapterLayer, source: Base, channels: int, engine: Engine) -> AdapterLayer:
+def cut(update: AdapterLayer, source: Base, channels: int, engine: Engine) -> AdapterLayer:
     """Return what an update does to the first input channels, as a LoRA where it is thin, in float32."""
-    layer = source.layers[own.layer.name]
+    layer = source.layers[update.layer.name]
     part = _of(layer, channels)
     columns = part.matrix_shape[1]
-    if own.is_thin or isinstance(own, LoraXLayer):
-        B, A = expand(own, source, engine)
-        return LoraLayer.of(part, B, A[:, :columns], torch.float32, own)
-    weight = engine.weight(source, layer.name) if own.needs_weight else None
-    return DiffLayer(part, own.delta_weight(weight).cpu()[:, :columns].reshape(part.shape))
+    if update.is_thin or isinstance(update, LoraXLayer):
+        B, A = expand(update, source, engine)
+        return LoraLayer.of(part, B, A[:, :columns], torch.float32, update)
+    weight = engine.weight(source, layer.name) if update.needs_weight else None
+    return DiffLayer(part, update.delta_weight(weight).cpu()[:, :columns].reshape(part.shape))
 
 
-def widen(own: AdapterLayer, layer: Layer) -> AdapterLayer:
+def widen(update: AdapterLayer, layer: Layer) -> AdapterLayer:
     """Return an update of the first input channels as one of all channels of `layer`; the others get none."""
-    more = layer.matrix_shape[1] - own.layer.matrix_shape[1]
-    if isinstance(own, LoraLayer):
-        B, A = own.lora_up, own.lora_down.reshape(own.rank, -1)
-        return LoraLayer(layer, B, torch.nn.functional.pad(A, (0, more)), own.alpha)
-    diff = own.parts()["diff"].flatten(1)
+    more = layer.matrix_shape[1] - update.layer.matrix_shape[1]
+    if isinstance(update, LoraLayer):
+        B, A = update.lora_up, update.lora_down.reshape(update.rank, -1)
+        return LoraLayer(layer, B, torch.nn.functional.pad(A, (0, more)), update.alpha)
+    diff = update.parts()["diff"].flatten(1)
     return DiffLayer(layer, torch.nn.functional.pad(diff, (0, more)).reshape(layer.shape))
 
 
