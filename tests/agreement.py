@@ -7,10 +7,14 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
+from tests.tensors import TOLERANCE
+
 FIGURES: dict[str, float] = {}
 
 
-def agree(oracle, ours, theirs, limit=1e-5):
+def agree(oracle, ours, theirs, limit=TOLERANCE[torch.float32]):
     """Compare two updates, and keep the largest difference."""
     theirs = theirs.double().reshape(ours.shape)
     difference = float((ours.double() - theirs).norm() / theirs.norm())
