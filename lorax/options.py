@@ -177,7 +177,7 @@ class TransferOptions:
         return RANK if self.rank is None else self.rank
 
     def changed(self, given: Mapping[str, object]) -> "TransferOptions":
-        """Return them with others, as a file gives them: by name, of the type of the option, a choice as its word.
+        """Return them with others by name, each of the type of the option; a choice may be its word.
 
         Raises:
             OptionError: One does not exist, is of another type or out of range.
@@ -190,7 +190,7 @@ class TransferOptions:
             is_word = type(value) is str and issubclass(wanted[0], Choice)
             if not is_word and type(value) not in wanted and not (float in wanted and type(value) is int):
                 got = f"{name} = {value!r}"
-                raise OptionError("an option of the wrong type", got, "see lorax migrate --help")
+                raise OptionError("an option of the wrong type", got, "see lorax transfer --help")
         return replace(self, **given)  # pyright: ignore[reportArgumentType]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from lorax import Engine, Outcome, TransferOptions, load_adapter, plan_transfer, run_plan
+from lorax import Engine, OptionError, Outcome, TransferOptions, load_adapter, plan_transfer, run_plan, transfer_adapter
 from lorax.options import Format, Method
 from lorax.transfer.plan import Piece
 from lorax.transfer.run import pieces
@@ -110,3 +110,14 @@ def test_a_dry_run_of_a_library_names_what_will_fail(run, library, bases, tmp_pa
             assert f": {record['arrived']} of {record['layers']} layers would be moved" in lines[record["name"]]
         else:
             assert lines[record["name"]].endswith(record["error"])
+
+
+def test_options_by_name_count_in_place_of_others(adapter, bases):
+    given = TransferOptions(method="align", rank=6, threshold=-9)
+    named, report = transfer_adapter(adapter, *bases, given, method="copy", rank=None)
+    expected, _ = transfer_adapter(adapter, *bases, TransferOptions(method="copy", threshold=-9))
+    assert {row.method for row in report.rows} == {"copy"}
+    assert named.metadata == expected.metadata
+    for wrong in ({"best": 1}, {"rank": 2.5}, {"rank": True}, {"method": "best"}, {"strict": "yes"}):
+        with pytest.raises(OptionError):
+            transfer_adapter(adapter, *bases, **wrong)

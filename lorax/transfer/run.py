@@ -29,6 +29,7 @@ def transfer_adapter(
     similarity: Similarity | None = None,
     engine: Engine = CPU,
     progress: Progress = silent,
+    **changes: object,
 ) -> tuple[Adapter, TransferReport]:
     """Move an adapter to another base, layer by layer.
 
@@ -41,16 +42,18 @@ def transfer_adapter(
         similarity: A comparison of these two bases; its scores are used instead of comparing the layers again.
         engine: How and where to compute.
         progress: Called with (done, total, layer name); an exception that it raises stops the work.
+        changes: Options by name that count in place of those of `options`, such as `method="copy"`.
 
     Returns:
         The adapter for the target, with where it came from in its metadata, and a report with a row for every layer.
 
     Raises:
-        OptionError: The rank is above that of every layer.
+        OptionError: An option does not exist or is out of range.
         MismatchError: The adapter does not belong to the source, the similarity is of other bases, nothing can be
             transferred, or not all and `options.strict` is set.
         NumericsError: A weight holds NaN or Inf, or an update grows beyond the dtype of its result.
     """
+    options = options.changed(changes)
     with engine.remembering(source, target):
         plan = plan_transfer(
             adapter, source, target, options, assignment=assignment, similarity=similarity, engine=engine,
