@@ -1,4 +1,4 @@
-"""The options of a transfer, the choices and the defaults, each with its source."""
+"""The options of a transfer, the choices, and the defaults (of training too), each with its source."""
 
 import math
 from collections.abc import Mapping
@@ -131,6 +131,7 @@ class TransferOptions:
         OptionError: A choice is unknown, or a number out of range.
     """
 
+    # The types are read as they stand (command line, manifest): no `from __future__ import annotations` here.
     method: Method = field(
         default=Method.auto, metadata={"help": "auto: orthogonal, and align where the size changes."}
     )

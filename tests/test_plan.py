@@ -8,7 +8,7 @@ import pytest
 from lorax import Engine, OptionError, Outcome, TransferOptions, load_adapter, plan_transfer, run_plan, transfer_adapter
 from lorax.options import Format, Method
 from lorax.transfer.plan import Piece
-from lorax.transfer.run import pieces
+from lorax.transfer.run import needed_pieces
 from tests import every_kind as every
 
 SAID = [f"{method} {form}{' fast' * fast}" for method in Method for form in Format for fast in (False, True)]
@@ -51,7 +51,7 @@ def fluxes(tmp_path_factory):
 @pytest.mark.parametrize("options", OPTIONS, ids=SAID)
 def test_a_transfer_asks_for_the_decompositions_of_its_plan_and_no_others(adapter, bases, options):
     plan = plan_transfer(adapter, *bases, options)
-    needed = pieces(plan, Engine())
+    needed = needed_pieces(plan, Engine())
     engine = Asked()
     run_plan(plan, engine=engine)
     assert engine.asked == set(needed)
@@ -65,13 +65,13 @@ def test_the_kinds_that_are_not_thin_too(options, fluxes):
         plan = plan_transfer(every.adapter_of(update), source, target, options)
         engine = Asked()
         run_plan(plan, engine=engine)
-        assert engine.asked == set(pieces(plan, Engine())), update.kind
+        assert engine.asked == set(needed_pieces(plan, Engine())), update.kind
 
 
 @pytest.mark.parametrize("threshold", [-9, 0.9, 0.98])
 def test_what_is_not_alike_needs_nothing(adapter, bases, threshold):
     plan = plan_transfer(adapter, *bases, TransferOptions(method="project", rank=6, threshold=threshold))
-    needed = {piece.layer for piece in pieces(plan, Engine())}
+    needed = {piece.layer for piece in needed_pieces(plan, Engine())}
     _, report = run_plan(plan)
     assert needed == {row.target for row in report.rows if row.outcome is Outcome.TRANSFERRED}
 

@@ -1,4 +1,4 @@
-"""The keys of adapter files: which layer they mean, and which part of its update."""
+"""The keys of adapter files: what one says (component, module, part), and how a layer is spelled in a naming."""
 
 import re
 from typing import NamedTuple

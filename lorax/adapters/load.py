@@ -1,4 +1,4 @@
-"""Reading adapter files."""
+"""Reading adapter files: the tensors of a file become updates, each of a kind and with its scale."""
 
 import math
 import os

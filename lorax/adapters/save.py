@@ -1,4 +1,4 @@
-"""Writing adapter files."""
+"""Writing adapter files: the spelling of each layer in a naming, folded scales, metadata."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Where subspaces come from: one place that computes them, or finds them in the cache."""
+"""How and where to compute: weights, digests, subspaces, from the cache or anew; the CPU where a device fails."""
 
 import hashlib
 import json

@@ -28,7 +28,7 @@ from ..linalg import Subspace
 from ..models.base import Base
 from ..options import TransferOptions
 from ..transfer.plan import Piece, plan_transfer
-from ..transfer.run import pieces
+from ..transfer.run import needed_pieces
 from .job import Task
 from .local import ONE, largest_of_each
 from .work import Record, move, opened
@@ -69,7 +69,7 @@ def _survey(task: Task, device: str, cached: bool) -> tuple[list[Part], Assignme
 
     def surveyed(engine: Engine) -> tuple[list[Piece], Assignment]:
         plan = plan_transfer(load_adapter(task.adapter, source), source, target, task.options, engine=engine)
-        return pieces(plan, engine), replace(plan.assignment, scores=plan.scores)
+        return needed_pieces(plan, engine), replace(plan.assignment, scores=plan.scores)
 
     try:
         found, assignment = or_on_cpu(surveyed, Engine(device, open_cache() if cached else None))

@@ -1,4 +1,4 @@
-"""Moving an adapter from its source base to a target base."""
+"""A transfer from plan to report: plans it, carries out the plan, and says what became of every layer."""
 
 from dataclasses import replace
 
@@ -62,7 +62,7 @@ def transfer_adapter(
         return run_plan(plan, engine=engine, progress=progress)
 
 
-def pieces(plan: Plan, engine: Engine) -> list[Piece]:
+def needed_pieces(plan: Plan, engine: Engine) -> list[Piece]:
     """Return the decompositions that a plan needs: for the pairs that are similar enough, which is found out."""
     mover = _mover(plan, engine)
     found: dict[Piece, None] = {}

@@ -1,4 +1,4 @@
-"""Adapters as patches of ComfyUI's update kind."""
+"""Applies an adapter to a MODEL and a CLIP as patches of ComfyUI's own."""
 
 from __future__ import annotations
 
