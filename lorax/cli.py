@@ -251,7 +251,7 @@ def migrate(
     manifest: Annotated[
         Path | None, typer.Option(help="TOML file with a table `move` for each pair of bases, instead of these two.")
     ] = None,
-    engine: Annotated[Run, typer.Option(help="Processes here, or a Ray cluster.")] = Run.local,
+    where: Annotated[Run, typer.Option("--engine", help="Processes here, or a Ray cluster.")] = Run.local,
     workers: Annotated[
         int | None, typer.Option(help="How many processes.", show_default="cores, as memory allows")
     ] = None,
@@ -289,7 +289,7 @@ def migrate(
             tasks,
             output,
             engine=_engine(device, cache),
-            run=engine.value,
+            run=where,
             workers=workers,
             gpu_share=gpu_share,
             resume=resume,
