@@ -14,7 +14,7 @@ def same(ours, expected, dtype=torch.float32, limit=None):
     """Assert that two tensors are the same, to what the dtype can tell that ours was computed in, or a stated bound."""
     assert ours.shape == expected.shape
     limit = limit or TOLERANCE[dtype]
-    ours, expected = ours.detach().double(), expected.detach().double()
+    ours, expected = ours.detach().cpu().double(), expected.detach().cpu().double()
     difference, size = float((ours - expected).norm()), float(expected.norm())
     assert difference <= limit * size, f"{difference / size if size else difference:.2g} is more than {limit:g}"
 
