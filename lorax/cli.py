@@ -15,7 +15,7 @@ from rich.table import Table
 from .console import bar, plain, png, print_migration, print_plan, print_report, print_similarity, say, warn
 from .entry import run
 from .errors import FileError, OptionError, printable
-from .options import LORA_RANK, RANK, Choice, DType, Format, Naming, Run, TransferOptions
+from .options import LORA_RANK, Choice, DType, Format, Naming, Run, TransferOptions
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ BASE = "Checkpoint, U-Net file, or folder of a diffusers pipeline."
 SourceOption = Annotated[Path, typer.Option("--source", help=f"Base that the adapter was made for. {BASE}")]
 TargetOption = Annotated[Path, typer.Option("--target", help=f"Base that it shall work on. {BASE}")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to write; an older one is replaced.")]
-NamingOption = Annotated[Naming, typer.Option(help="Spelling of the layers in the result.")]
-DTypeOption = Annotated[DType, typer.Option(help="Storage of the result.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be done; no weight is read but to pair blocks.")
 ]
@@ -59,10 +57,19 @@ HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write a page to
 CacheOption = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Take subspaces and scores from the cache, and keep new ones there.")
 ]
-RankOption = Annotated[
-    int | None,
-    typer.Option(help="Singular directions that make a weight's leading subspace.", show_default=str(RANK)),
-]
+OPTIONS = {option.name: option for option in fields(TransferOptions)}
+
+
+def _told(name: str, panel: str | None = None) -> Any:
+    """Return what the command line says of an option of a transfer."""
+    text, shown = OPTIONS[name].metadata["help"], OPTIONS[name].metadata.get("shown", True)
+    spelled = f"--{name.replace('_', '-')}"  # told, so that a switch gets no --no-...
+    return typer.Option(spelled, help=text, show_default=shown, rich_help_panel=panel)
+
+
+RankOption = Annotated[int | None, _told("rank")]
+NamingOption = Annotated[Naming, _told("naming")]
+DTypeOption = Annotated[DType, _told("dtype")]
 
 
 def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,26 +77,24 @@ def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**given: Any) -> None:
-        chosen = {option.name: given.pop(option.name) for option in fields(TransferOptions)}
+        chosen = {name: given.pop(name) for name in OPTIONS}
         command(options=TransferOptions(**chosen), **given)
 
+    options = [
+        Parameter(
+            name,
+            Parameter.POSITIONAL_OR_KEYWORD,
+            default=option.default,
+            annotation=Annotated[option.type, _told(name, "How it is moved")],
+        )
+        for name, option in OPTIONS.items()
+    ]
     parameters: list[Parameter] = []
     for parameter in signature(command).parameters.values():
-        parameters += _option_parameters() if parameter.name == "options" else [parameter]
+        parameters += options if parameter.name == "options" else [parameter]
     run.__signature__ = signature(command).replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
-
-
-def _option_parameters() -> list[Parameter]:
-    found: list[Parameter] = []
-    for option in fields(TransferOptions):
-        spelled = f"--{option.name.replace('_', '-')}"  # told, so that a switch gets no --no-...
-        text, shown = option.metadata["help"], option.metadata.get("shown", True)
-        info = typer.Option(spelled, help=text, show_default=shown, rich_help_panel="How it is moved")
-        kind = Parameter.POSITIONAL_OR_KEYWORD
-        found.append(Parameter(option.name, kind, default=option.default, annotation=Annotated[option.type, info]))
-    return found
 
 
 @app.callback(invoke_without_command=True)

@@ -19,7 +19,6 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from ..adapters import load_adapter
 from ..compare.matching import Assignment
 from ..compute.cache import open_cache
 from ..compute.engine import Engine, or_on_cpu, packed, unpacked
@@ -27,11 +26,11 @@ from ..errors import LoraxError
 from ..linalg import Subspace
 from ..models.base import Base
 from ..options import TransferOptions
-from ..transfer.plan import Piece, plan_transfer
+from ..transfer.plan import Piece
 from ..transfer.run import needed_pieces
 from .job import Task
 from .local import ONE, largest_of_each
-from .work import Record, move, opened
+from .work import Record, move, opened, planned
 
 # Tasks handed to Ray at a time, for each core: enough that none waits, and the queue stays short.
 AHEAD = 3
@@ -65,10 +64,9 @@ class _Sharing(Engine):
 def _survey(task: Task, device: str, cached: bool) -> tuple[list[Part], Assignment | None]:
     """Return the subspaces that a task needs, and the pairs of layers with their scores."""
     torch.set_num_threads(ONE)
-    source, target = opened(task.source), opened(task.target)
 
     def surveyed(engine: Engine) -> tuple[list[Piece], Assignment]:
-        plan = plan_transfer(load_adapter(task.adapter, source), source, target, task.options, engine=engine)
+        plan = planned(task, engine)
         return needed_pieces(plan, engine), replace(plan.assignment, scores=plan.scores)
 
     try:

@@ -6,12 +6,13 @@ import unicodedata
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
 from ..compare.matching import Assignment
-from ..compute.engine import CPU, Engine
+from ..compute.engine import CPU, Engine, or_on_cpu
 from ..errors import LoraxError, OptionError, OutputError
 from ..files.output import file_id
 from ..options import Run, choice
@@ -121,7 +122,7 @@ def dry_run(
     for done, task in enumerate(tasks, 1):
         pair = task.source, task.target, task.options.matching
         try:
-            plan = planned(task, engine, known.get(pair))
+            plan = or_on_cpu(partial(planned, task, assignment=known.get(pair)), engine)
             known[pair] = plan.assignment
             yield task, plan.summary, True
         except LoraxError as error:

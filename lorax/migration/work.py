@@ -164,7 +164,7 @@ def _refuse(folder: Path) -> NoReturn:
     raise FileError("links to folders are not followed", str(folder), "migrate the folder that it leads to by itself")
 
 
-def planned(task: Task, engine: Engine, assignment: Assignment | None) -> Plan:
+def planned(task: Task, engine: Engine, assignment: Assignment | None = None) -> Plan:
     """Return the plan of a task; of weights only those are read that pairing needs.
 
     Args:

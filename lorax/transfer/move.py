@@ -17,7 +17,7 @@ from ..options import Format, TransferOptions
 from .methods import Needs, TransferMethod
 from .notes import Code, Note
 from .report import Outcome, Row
-from .steps import Step, is_dense_dora
+from .steps import Step, is_dense_dora, is_fast
 from .widened import cut, first_channels, widen
 
 Move = tuple[Row, AdapterLayer | None]
@@ -192,8 +192,7 @@ class Mover:
             return []
         if method.needs is Needs.WEIGHTS:
             return [self.engine.weight(base, name) for base, name in both]
-        fast = self.options.fast and method.only_projects and self.options.format is not Format.lora_x
-        space = self.engine.subspace if fast else self.engine.triplets
+        space = self.engine.subspace if is_fast(method, self.options) else self.engine.triplets
         used = both if method.needs is Needs.BOTH else both[1:]
         return [space(base, name, self.options.subspace_rank) for base, name in used]
 

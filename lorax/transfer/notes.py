@@ -57,19 +57,21 @@ class Note:
         """Return it as plain data: `code`, `values`, and `text` for who does not know the code."""
         return {
             "code": self.code.name.lower(),
-            "values": {
-                name: value.to_json()
-                if isinstance(value, Note)
-                else dict(value)
-                if isinstance(value, Mapping)
-                else value
-                for name, value in self.values.items()
-            },
+            "values": {name: _plain(value) for name, value in self.values.items()},
             "text": str(self),
         }
 
 
+def counted(words: Mapping[Any, int]) -> str:
+    """Return how many there are of each word: `3 not in target, 1 below threshold`."""
+    return ", ".join(f"{count} {word}" for word, count in words.items())
+
+
 def _text(value: Value) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{count} {word}" for word, count in value.items())
-    return str(value)
+    return counted(value) if isinstance(value, Mapping) else str(value)
+
+
+def _plain(value: Value) -> Any:
+    if isinstance(value, Note):
+        return value.to_json()
+    return dict(value) if isinstance(value, Mapping) else value

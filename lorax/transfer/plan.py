@@ -15,8 +15,9 @@ from ..models.layers import Layer
 from ..options import DEFAULTS, Format, TransferOptions
 from ..progress import Progress, silent
 from .methods import Needs
-from .report import ARRIVED, Outcome, Row
-from .steps import Step, steps_of
+from .notes import Code, Note, counted
+from .report import ARRIVED, Outcome, Row, TransferReport
+from .steps import Step, is_fast, steps_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,30 @@ class Plan:
     @property
     def summary(self) -> str:
         """How many layers of the file would be moved by which method, and how many not for which reason."""
-        done = {step.row.source for step in self.steps if step.row.outcome in ARRIVED}
-        rows = [*(step.row for step in self.steps), *(Row(name, "", Outcome.UNREAD) for name in self.adapter.unread)]
-        ways = Counter(str(row.method or row.outcome) for row in rows if row.outcome in ARRIVED)
-        why = Counter(str(row.outcome) for row in rows if row.outcome not in ARRIVED)
-        said = [
-            f"{len(done)} of {len({row.source for row in rows})} layers would be moved",
-            *map(_counted, (ways, why)),
-        ]
+        report = self.report([step.row for step in self.steps])
+        ways = Counter(str(row.method or row.outcome) for row in report.rows if row.outcome in ARRIVED)
+        why = Counter(str(row.outcome) for row in report.rows if row.outcome not in ARRIVED)
+        said = [f"{report.arrived} of {report.layers} layers would be moved", counted(ways), counted(why)]
         return "; ".join(filter(None, said))
+
+    def report(self, rows: list[Row]) -> TransferReport:
+        """Return the report of the transfer: these rows, and one for each layer that could not be read."""
+        adapter, options = self.adapter, self.options
+        unread = [
+            Row(name, "", Outcome.UNREAD, notes=(Note.of(Code.UNREAD, why=why),))
+            for name, why in adapter.unread.items()
+        ]
+        return TransferReport(
+            adapter.name,
+            self.source.name,
+            self.target.name,
+            options.method,
+            options.subspace_rank,
+            options.threshold,
+            self.assignment,
+            [*rows, *unread],
+            dict(adapter.unused),
+        )
 
     def pieces(self, step: Step) -> list[Piece]:
         """Return the decompositions of whole layers that a step needs, if its layers are similar enough to move it."""
@@ -77,8 +93,7 @@ class Plan:
         if method is None or step.channels or len(step.sources) != 1 or isinstance(update, VectorLayer):
             return []
         source, target = step.sources[0].name, step.targets[0].name
-        is_lora_x = self.options.format is Format.lora_x
-        fast = self.options.fast and method.only_projects and not is_lora_x
+        is_lora_x, fast = self.options.format is Format.lora_x, is_fast(method, self.options)
         found: list[Piece] = []
         if isinstance(update, LoraXLayer):
             found.append(Piece(False, source, update.rank, False))
@@ -87,10 +102,6 @@ class Plan:
         if method.needs is Needs.BOTH:
             found.append(Piece(False, source, self.options.subspace_rank, fast))
         return found
-
-
-def _counted(words: Counter[str]) -> str:
-    return ", ".join(f"{count} {word}" for word, count in words.items())
 
 
 def plan_transfer(

@@ -14,7 +14,7 @@ from ..options import DEFAULTS, DType, Naming, TransferOptions
 from ..progress import Progress, silent
 from ..version import __version__
 from .move import Mover
-from .notes import Code, Note
+from .notes import Code, Note, counted
 from .plan import Piece, Plan, plan_transfer
 from .report import Outcome, Row, TransferReport, lower
 
@@ -84,32 +84,21 @@ def run_plan(plan: Plan, *, engine: Engine = CPU, progress: Progress = silent) -
     Returns:
         As `transfer_adapter`, whose errors it raises.
     """
-    adapter, source, target, options = plan.adapter, plan.source, plan.target, plan.options
-    report = TransferReport(
-        adapter.name,
-        source.name,
-        target.name,
-        options.method,
-        options.subspace_rank,
-        options.threshold,
-        plan.assignment,
-        unused=dict(adapter.unused),
-    )
-    mover = _mover(plan, engine)
+    adapter, options, mover = plan.adapter, plan.options, _mover(plan, engine)
+    rows: list[Row] = []
     moved: dict[str, AdapterLayer] = {}
     for done, step in enumerate(plan.steps, 1):
         row, result = mover.move(step)
         if result is not None and result.layer.name in moved:
             row, result = replace(row, outcome=Outcome.TWICE, notes=(Note(Code.FED_ALREADY),)), None
-        report.rows.append(row)
+        rows.append(row)
         if result is not None:
             moved[result.layer.name] = result
         progress(done, len(plan.steps), step.update.layer.name)
-    for name, why in adapter.unread.items():
-        report.rows.append(Row(name, "", Outcome.UNREAD, notes=(Note.of(Code.UNREAD, why=why),)))
+    report = plan.report(rows)
     _check_arrived(report, strict=options.strict)
     naming = adapter.naming if options.naming is Naming.keep else str(options.naming)
-    return Adapter(adapter.name, target.family, naming, moved, {}, _metadata(plan)), report
+    return Adapter(adapter.name, plan.target.family, naming, moved, {}, _metadata(plan)), report
 
 
 def _mover(plan: Plan, engine: Engine) -> Mover:
@@ -136,7 +125,7 @@ def _metadata(plan: Plan) -> dict[str, str]:
 
 def _check_arrived(report: TransferReport, *, strict: bool) -> None:
     if not report.arrived:
-        why = ", ".join(f"{count} {outcome}" for outcome, count in report.outcomes.items())
+        why = counted(report.outcomes)
         raise MismatchError("no layer of the adapter can be transferred", why, "check source, target and threshold")
     if strict and report.missing:
         row = report.missing[0]

@@ -168,6 +168,11 @@ class _Planner:
         return METHODS[Method.orthogonal if is_thin else Method.copy] if is_same else METHODS[Method.align]
 
 
+def is_fast(method: TransferMethod, options: TransferOptions) -> bool:
+    """Return whether a method takes subspaces of the fast kind (see `lorax.linalg.leading_subspace`)."""
+    return options.fast and method.only_projects and options.format is not Format.lora_x
+
+
 def is_dense_dora(update: AdapterLayer, options: TransferOptions) -> bool:
     """Return whether an update has a magnitude that is not to be kept apart."""
     return "dora_scale" in update.parts() and options.dora is Dora.dense
