@@ -8,6 +8,7 @@ import weakref
 import comfy.lora
 import comfy.model_management as management
 import comfy.model_patcher
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -43,6 +44,10 @@ def weight_of(patcher: Model, key: str) -> Tensor:
         weight = backup[0]
     if hasattr(weight, "layout_cls") or type(weight).__name__ == "QuantizedTensor":
         weight = weight.detach().to("cpu").dequantize().to(torch.float32)
+    elif hasattr(weight, "tensor_type"):  # by ComfyUI-GGUF, whose layers read their own weights
+        weight = weight.to("cpu", copy=True)
+        weight.patches = []  # those of whichever MODEL was loaded last
+        weight = comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]).get_weight(weight, torch.float32)
     else:
         weight = management.cast_to_device(weight.detach(), torch.device("cpu"), torch.float32, copy=True)
         if convert is not None:

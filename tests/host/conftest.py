@@ -28,6 +28,13 @@ def comfyui() -> tuple[Path, Path] | None:
     return None
 
 
+def comfyui_gguf() -> Path | None:
+    """Return the checkout of ComfyUI-GGUF, or None."""
+    given = os.environ.get("COMFYUI_GGUF")
+    found = Path(given) if given else (comfyui() or [Path()])[0] / "custom_nodes" / "ComfyUI-GGUF"
+    return found if (found / "loader.py").is_file() else None
+
+
 def pytest_report_header() -> list[str]:
     found = comfyui()
     version = "not found (set COMFYUI_PATH and COMFYUI_PYTHON): that tier is skipped"
@@ -48,6 +55,16 @@ def real_host() -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def gguf_pack(real_host):
+    found = comfyui_gguf()
+    if found is None:
+        pytest.skip("no ComfyUI-GGUF among the host's custom nodes (or set COMFYUI_GGUF)")
+    if subprocess.run([real_host[1], "-c", "import gguf"], check=False, capture_output=True).returncode:
+        pytest.skip("the host's Python has no gguf, which ComfyUI-GGUF needs")
+    return found
+
+
+@pytest.fixture(scope="session")
 def host(real_host, tmp_path_factory):
     path, python = real_host
     base = tmp_path_factory.mktemp("comfy")
@@ -55,6 +72,8 @@ def host(real_host, tmp_path_factory):
         (base / folder).mkdir()
     subprocess.run([python, Path(__file__).with_name("make_models.py"), base / "models"], cwd=path, check=True)
     (base / "models/diffusion_models").symlink_to(base / "models/checkpoints")
+    if loader := comfyui_gguf():
+        (base / "custom_nodes/ComfyUI-GGUF").symlink_to(loader)
     (base / "models/loras/broken.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
     (base / "custom_nodes/comfyui-lora-x").symlink_to(ROOT)
     (base / "custom_nodes/testing_nodes").symlink_to(Path(__file__).with_name("testing_nodes"))
