@@ -8,6 +8,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
+from chromium import chromium
 from client import Host
 
 # The user's own cache is none of the tests' business.
@@ -104,3 +105,9 @@ def host(real_host, tmp_path_factory):
 @pytest.fixture(scope="session")
 def info(host):
     return host.json("/object_info")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
