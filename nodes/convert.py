@@ -43,6 +43,7 @@ class LoraXConvert(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="How much of the update is left."),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod

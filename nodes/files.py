@@ -9,13 +9,15 @@ from ..lorax.errors import OptionError, OutputError
 from . import host
 from .convert import as_lora, has_lora_x
 from .host import io, ui
-from .types import CATEGORY, AdapterPort
+from .types import CATEGORY, SHOWN_AGAIN, AdapterPort
 
 FORMS = ("LoRA, kohya names", "LoRA, diffusers names", "LoRA-X")
 
 
 class LoraXLoader(io.ComfyNode):
     """Read an adapter file."""
+
+    HAS_INTERMEDIATE_OUTPUT = SHOWN_AGAIN
 
     @classmethod
     def define_schema(cls) -> io.Schema:

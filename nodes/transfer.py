@@ -10,7 +10,7 @@ from ..lorax.transfer.run import transfer_adapter
 from . import host
 from .convert import remembered_as_lora
 from .host import io, ui
-from .types import CATEGORY, AdapterPort, SimilarityPort, cache_input, rank_input
+from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, SimilarityPort, cache_input, rank_input
 
 
 class LoraXTransfer(io.ComfyNode):
@@ -83,6 +83,7 @@ class LoraXTransfer(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -129,6 +130,8 @@ class LoraXTransfer(io.ComfyNode):
 
 class LoraXApply(io.ComfyNode):
     """Patch a model with an adapter."""
+
+    HAS_INTERMEDIATE_OUTPUT = SHOWN_AGAIN
 
     @classmethod
     def define_schema(cls) -> io.Schema:

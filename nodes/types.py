@@ -4,6 +4,9 @@ from ..lorax.options import RANK
 from .host import io
 
 CATEGORY = "LoRA-X"
+# `HAS_INTERMEDIATE_OUTPUT` of nodes that are no output nodes: where they need not run again, newer hosts send what they
+# said before. An attribute, for `io.Schema` of older hosts has no such option.
+SHOWN_AGAIN = True
 
 AdapterPort = io.Custom("LORAX_ADAPTER")
 SimilarityPort = io.Custom("LORAX_SIMILARITY")

@@ -8,6 +8,7 @@ import { keptShares, readReport } from "./report_data.js";
 import { packReport } from "./report_pack.js";
 import { reportView } from "./report_view.js";
 import { similarityView } from "./similarity_view.js";
+import { textView } from "./text_view.js";
 import { say, speak } from "./texts.js";
 
 const KEPT = "lorax"; // the property of a node that holds `{data, state}`; the workflow file has it
@@ -27,6 +28,9 @@ const WAITING = 44; // height of a view that has nothing to show yet
  * @property {() => void} [followReports]
  */
 
+/** Of a node that only says something: the text that it sends for nodes of the host too. */
+const SAID = { key: "text", height: 84, pack: (/** @type {unknown} */ data) => data, attach: textView };
+
 /**
  * What a node sends, how much room its view takes, what of it the workflow file keeps, and how the view is made.
  * @type {Record<string, { key: string, height: number, pack: (data: any) => unknown, attach: (node: HostNode) => View }>}
@@ -35,6 +39,10 @@ const NODES = {
   [SIMILARITY]: { key: "lorax_similarity", height: 740, pack: (data) => data, attach: attachSimilarity },
   [TRANSFER]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
   [TRAIN]: { key: "lorax_loss", height: 190, pack: (data) => data, attach: lossView },
+  LoraXLoader: SAID,
+  LoraXApply: SAID,
+  LoraXConvert: SAID,
+  LoraXSave: SAID,
 };
 /** @type {WeakMap<HostNode, View>} */
 const views = new WeakMap();

@@ -8,6 +8,7 @@ export const ENGLISH = {
   waiting_similarity: "Queue the workflow: the comparison appears here.",
   waiting_report: "Queue the workflow: what arrived appears here.",
   waiting_loss: "Queue the workflow: the loss appears here.",
+  waiting_text: "Queue the workflow: what this node says appears here.",
   unknown_schema:
     "This view cannot read {schema}, version {version}. Queue the workflow again, or use the lorax that wrote it.",
   old_version: "An older version of lorax made this. Queue the workflow again.",

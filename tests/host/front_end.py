@@ -21,6 +21,20 @@ WATCH = """() => {
         app.api.addEventListener(type, ({ detail }) => (window.ended = [type, detail.exception_message ?? ""]));
     }
 }"""
+BUILD = """nodes => {
+    app.graph.clear();
+    const made = [];
+    for (const [type, pos, values, links] of nodes) {
+        const node = LiteGraph.createNode(type);
+        app.graph.add(node);
+        Object.assign(node, { pos });
+        for (const [name, value] of Object.entries(values)) node.widgets.find((one) => one.name === name).value = value;
+        for (const [name, [from, slot]] of Object.entries(links)) {
+            made[from].connect(slot, node, node.inputs.findIndex((one) => one.name === name));
+        }
+        made.push(node);
+    }
+}"""
 NODE = "type => app.graph.nodes.find((node) => node.type === type)"
 
 
@@ -84,6 +98,12 @@ def drop(page, workflow, name="views.json"):
     page.evaluate(DROP, [json.dumps(workflow), name])
     page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
     page.wait_for_timeout(500)
+    at_scale(page, 1)
+
+
+def build(page, *nodes):
+    """Put nodes into an empty graph: the type of each, its place, its widgets, and (number, slot) for its inputs."""
+    page.evaluate(BUILD, nodes)
     at_scale(page, 1)
 
 

@@ -43,7 +43,7 @@ def test_the_view_appears_and_comes_back_from_the_file(host, browser, vue):
     size = [len(blocks_of(host, name)) for name in ("sd15-base", "sd15-tuned")]
     with front_end(host, browser, vue) as page:
         drop(page, graph(rank=90 + vue))
-        assert page.locator(".lorax-message").count() == 2
+        assert page.locator(".lorax-message").count() == 3
         queue(page)
         page.wait_for_selector(".lorax-similarity canvas")
         assert cells(page) == size
@@ -308,7 +308,7 @@ def test_a_hostile_workflow_harms_no_other_node(host, browser, vue):
                                     ".map(({ widgets }) => widgets[0].value)")  # fmt: skip
             assert loaders == ["sd15-base.safetensors", "sd15-tuned.safetensors"]
             assert threshold_widget(page) == 0.25
-            assert page.locator(".lorax-view").count() == 3
+            assert page.locator(".lorax-view").count() == 4
             assert all(text.strip() for text in page.locator(".lorax-view").all_inner_texts())
             page.evaluate("app.graph.clear()")
         nothing_wrong(page, host)

@@ -1,0 +1,71 @@
+"""What nodes say in the real front end: seen, and there as long as it is true."""
+
+import json
+
+import pytest
+from chromium import overlaps, picture
+from front_end import build, drop, front_end, kept, nothing_wrong, queue, vue_nodes
+
+BASE, TUNED = ({"ckpt_name": f"sd15-{name}.safetensors"} for name in ("base", "tuned"))
+# Load, convert and save an adapter, and apply it to its own model.
+SAYING = [
+    ("CheckpointLoaderSimple", [0, 40], BASE, {}),
+    ("LoraXLoader", [0, 240], {"lora_name": "sd15-style.safetensors"}, {}),
+    ("LoraXConvert", [420, 40], {"rank": 8}, {"adapter": (1, 0), "source": (0, 0)}),
+    ("LoraXSave", [420, 340], {"form": "LoRA-X", "folder": "output"}, {"adapter": (2, 0)}),
+    ("LoraXApply", [840, 40], {}, {"adapter": (2, 0), "model": (0, 0)}),
+    ("PreviewAny", [840, 340], {}, {"source": (4, 0)}),
+]
+SAID = {
+    "LoraXLoader": "sd15-style.safetensors: lora, kohya names",
+    "LoraXConvert": "layers converted",
+    "LoraXSave": "lorax/adapter_0000",
+    "LoraXApply": "70 of 70 layers applied",
+}
+ALONE = [
+    ("CheckpointLoaderSimple", [0, 40], BASE, {}),
+    ("CheckpointLoaderSimple", [0, 220], TUNED, {}),
+    ("LoraXLoader", [0, 400], {"lora_name": "sd15-style.safetensors"}, {}),
+    ("LoraXTransfer", [420, 40], {"rank": 99}, {"source": (0, 0), "target": (1, 0), "adapter": (2, 0)}),
+]
+ARRIVED = ".lorax-report .lorax-figure b >> nth=0"
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_what_nodes_say_stays_and_comes_back_from_the_file(host, browser, vue):
+    if vue:
+        vue_nodes(host)
+    with front_end(host, browser, vue) as page:
+        build(page, *SAYING)
+        assert page.locator(".lorax-text .lorax-message").count() == 4
+        queue(page)
+        page.wait_for_timeout(2000)  # newer front ends take the host's own text away when all is done
+        said = page.locator(".lorax-said").all_inner_texts()
+        for kind, words in SAID.items():
+            assert words in kept(page, kind)["data"]
+            assert sum(words in text for text in said) == 1
+        assert len(said) == 4
+        saved = page.evaluate("app.graph.serialize()")
+        picture(page, f"texts-{'vue' if vue else 'classic'}")
+        assert overlaps(page) == []
+        nothing_wrong(page, host)
+    assert len(json.dumps(saved)) < 20_000
+    with front_end(host, browser, vue) as page:
+        drop(page, saved, "saved.json")
+        assert page.locator(".lorax-said").all_inner_texts() == said
+        nothing_wrong(page, host)
+
+
+def test_a_transfer_runs_alone_and_says_it_again_when_its_workflow_is_opened_again(real_host, host, browser):
+    again = "HAS_INTERMEDIATE_OUTPUT" in (real_host[0] / "execution.py").read_text()
+    with front_end(host, browser) as page:
+        build(page, *ALONE)
+        saved = page.evaluate("app.graph.serialize()")
+        queue(page)
+        assert page.locator(ARRIVED).inner_text() == "70 / 70"
+        drop(page, saved)
+        assert page.locator(".lorax-message").count() == 2
+        queue(page)
+        assert page.locator(ARRIVED).inner_text() == "70 / 70"
+        assert page.locator(".lorax-said").count() == again  # the loader did not run, and is no output node
+        nothing_wrong(page, host)
