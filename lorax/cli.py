@@ -45,7 +45,7 @@ class Device(Choice):
 
 
 AdapterFile = Annotated[Path, typer.Argument(help="Adapter, a safetensors file.")]
-BASE = "Checkpoint, U-Net file, or folder of a diffusers pipeline."
+BASE = "Checkpoint, file of a U-Net or transformer (GGUF too), or folder of a diffusers pipeline."
 SourceOption = Annotated[Path, typer.Option("--source", help=f"Base that the adapter was made for. {BASE}")]
 TargetOption = Annotated[Path, typer.Option("--target", help=f"Base that it shall work on. {BASE}")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File to write; an older one is replaced.")]

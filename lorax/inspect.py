@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FormatError, LoraxError
-from .files.tensorfile import TensorFile
+from .files.ggufile import open_tensors
 from .models.base import open_base
 from .models.basefiles import is_adapter
 
@@ -22,7 +22,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Of a base only the header is read; of an adapter all, for its norms.
 
     Args:
-        path: A safetensors file, or the folder of a diffusers pipeline.
+        path: A file, or the folder of a diffusers pipeline.
 
     Returns:
         `kind` (`adapter` or `base`) and what there is to say about it.
@@ -33,7 +33,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         NumericsError: An adapter holds NaN or Inf.
     """
     path = Path(path)
-    if os.path.isfile(path) and is_adapter(TensorFile(path)):
+    if os.path.isfile(path) and is_adapter(open_tensors(path)):
         return _adapter(path)
     try:
         return _base(path)

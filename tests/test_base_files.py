@@ -166,16 +166,14 @@ def test_adapters_alone_are_no_base(tmp_path):
         ("unet/diffusion_pytorch_model.bin", "pickle"),
         ("unet/model.ckpt", "pickle"),
         ("model.PT", "pickle"),
-        ("transformer/flux-Q4_K_S.gguf", "GGUF"),
-        ("flux-Q4_K_S.gguf", "GGUF"),
     ],
 )
 def test_files_that_are_never_read_are_named_with_what_to_do(tmp_path, name, words):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"GGUF\3\0\0\0" if "gguf" in name else b"PK\3\4")
+    path.write_bytes(b"PK\3\4")
     for given in {path, path.parent, tmp_path}:
-        with pytest.raises(FileError, match=rf"{words}.*{path.name}.*safetensors|{words}.*{path.name}.*fp16"):
+        with pytest.raises(FileError, match=rf"{words}.*{path.name}.*safetensors"):
             open_base(given)
 
 

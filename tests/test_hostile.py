@@ -165,7 +165,6 @@ def test_a_scale_that_fits_its_weight(tmp_path, shape):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"GGUF\3\0\0\0\0\0\0\0\0\0\0\0", "GGUF.*bf16"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4\n", "Git LFS.*git lfs pull"),
         (b"<!DOCTYPE html><html>", "web page.*download"),
         (b"<html><head>", "web page.*download"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 # First bytes, in lower case, of what people take for a safetensors file -> what it is, and what to do.
 OTHERS = {
-    b"gguf": ("GGUF files are not read", "give the model in fp32, fp16, bf16 or fp8"),
+    b"gguf": ("a GGUF file where safetensors is wanted", "give it in fp32, fp16, bf16 or fp8; a base may be GGUF"),
     b"version ": ("a pointer of Git LFS, not the file itself", "run git lfs pull"),
     b"<!doctyp": ("a web page, not the file itself", "download it again, logged in where that is needed"),
     b"<html": ("a web page, not the file itself", "download it again, logged in where that is needed"),
@@ -85,6 +85,7 @@ class TensorFile:
         path: The file.
 
     Attributes:
+        kind: What the format is called.
         path: The file.
         state: What tells its state when it was opened from any other; see `file_state`.
         metadata: What its header says beside the tensors.
@@ -94,20 +95,21 @@ class TensorFile:
         FileError: The file is missing, empty, truncated, a pickle, or not safetensors.
     """
 
+    kind = "safetensors"
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
             with open_file(self.path) as handle:
                 self.state = file_state(handle.fileno())
-                text, size = _header(self.path, handle, self.state[0])
-                self._check_unchanged(handle)
+                try:
+                    self.metadata, self.entries = self._header(handle)
+                finally:
+                    self._check_unchanged(handle)
         except OSError as error:
             raise FileError("cannot open a file", f"{self.path}: {error.strerror}", "check the path") from error
-        try:
-            header = parse_json(text.decode(), objects=TENSORS + 2)
-            self.metadata, self.entries = _read_header(self.path, header, size, 8 + len(text))
         except ValueError as error:
-            raise FileError("damaged safetensors file", f"{self.path}: {error}", ADVICE) from error
+            raise FileError(f"damaged {self.kind} file", f"{self.path}: {error}", ADVICE) from error
 
     def tensor(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor, or its rows `[start, stop)`, in the dtype of the file.
@@ -142,6 +144,16 @@ class TensorFile:
         content = bytearray(self.state[0])
         self._read(memoryview(content), 0)
         return bytes(content)
+
+    def _header(self, handle: BufferedReader) -> tuple[dict[str, str], dict[str, Entry]]:
+        """Return the metadata and the tensors.
+
+        Raises:
+            ValueError: The header is damaged.
+            FileError: The file is of another format, or beyond the limits.
+        """
+        text, size = _header(self.path, handle, self.state[0])
+        return _read_header(self.path, parse_json(text.decode(), objects=TENSORS + 2), size, 8 + len(text))
 
     def _read(self, content: memoryview, place: int) -> None:
         try:

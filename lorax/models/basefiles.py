@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FileError, FormatError
+from ..files.ggufile import GgufFile, open_tensors
 from ..files.longpath import on_disk
 from ..files.tensorfile import ADVICE, DTYPES, Entry, TensorFile, natural_order, read_json
 from .layers import MAIN, Rows, unwrapped
@@ -37,9 +38,11 @@ QUANTISED = {
 # Of a module whose weight is quantised by SDNQ; by itself it may be that of a norm.
 SDNQ = "scale"
 UNQUANTISED = "give the model in fp32, fp16, bf16 or plain or scaled fp8"
+# The ends of the names of files that are read; of those in a folder the first are taken.
+KINDS = (".safetensors", ".gguf")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 INDEX = re.compile(r"(.+)\.safetensors\.index(\.\w+)?\.json")
-SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)((?:\.\w+)?)\.safetensors")
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)((?:\.\w+)?)(\.safetensors|\.gguf)")
 # As diffusers and transformers call the file of a model; of its variants those before the others.
 NAMES = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp32", ".bf16", ".fp16")
@@ -140,7 +143,7 @@ def _tensors(folder: Path, files: Files) -> Tensors:
         raise FileError("a part of the model is missing", got, "download the whole model")
     found: Tensors = {}
     for name, promised in files.items():
-        file = TensorFile(folder / name)
+        file = open_tensors(folder / name)
         if quantised := _quantised(file):
             raise FileError("quantised weights are not read", f"{file.path}: {quantised}", UNQUANTISED)
         if absent := sorted(promised - file.entries.keys()):
@@ -151,7 +154,9 @@ def _tensors(folder: Path, files: Files) -> Tensors:
 
 
 def _quantised(file: TensorFile) -> str:
-    """Return how the weights of a file are quantised, with a key; empty: they are not."""
+    """Return how the weights of a file are quantised, with a key; empty: they are not, or in a way that is read."""
+    if isinstance(file, GgufFile):
+        return ""
     for kind, pattern in QUANTISED.items():
         if key := next(filter(pattern.search, file.entries), ""):
             return f"{key}, {kind}"
@@ -203,30 +208,30 @@ def _chosen(folder: Path) -> Files:
 
 def _refuse(path: Path) -> None:
     """Refuse a file of weights by the end of its name."""
-    kind = path.suffix.lower()
-    if kind == ".gguf":
-        raise FileError("GGUF files are not read", str(path), UNQUANTISED)
-    if kind in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise FileError("pickle files are never read, they can run code", str(path), "convert it to safetensors first")
 
 
 def _is_adapter_in(folder: Path, files: Files) -> bool:
-    return any(is_adapter(TensorFile(folder / name)) for name in islice(files, 1) if os.path.isfile(folder / name))
+    return any(is_adapter(open_tensors(folder / name)) for name in islice(files, 1) if os.path.isfile(folder / name))
 
 
 def _models(folder: Path) -> dict[str, Files]:
-    """Return the models in a folder, each by the name that its file has without `.safetensors`, or would have whole."""
+    """Return the models in a folder, each by the name that its file has without its end, or would have whole."""
     names = _listed(folder)
     indexes = {
         index[1] + (index[2] or ""): _indexed(folder / index[0]) for index in map(INDEX.fullmatch, names) if index
     }
     found = {label: files for label, files in indexes.items() if set(names) & set(files)}
     known = {name for files in found.values() for name in files}
-    for name in names:
-        if name.lower().endswith(".safetensors") and name not in known:
-            shard = SHARD.fullmatch(name)
-            label = shard[1] + shard[4] if shard else name[: -len(".safetensors")]
-            found.setdefault(label, _numbered(shard, names) if shard else {name: set()})
+    for kind in KINDS:
+        for name in names:
+            if name.lower().endswith(kind) and name not in known:
+                shard = SHARD.fullmatch(name)
+                label = shard[1] + shard[4] if shard else name[: -len(kind)]
+                found.setdefault(label, _numbered(shard, names) if shard else {name: set()})
+        if found:
+            break
     return found or indexes
 
 
@@ -253,10 +258,10 @@ def _indexed(index: Path) -> Files:
 
 def _numbered(shard: re.Match[str], names: Iterable[str]) -> Files:
     """Return the shards that belong with one: those that are there, and the first of those that are not."""
-    stem, number, count, variant = shard.groups()
+    stem, number, count, variant, kind = shard.groups()
     found = filter(None, map(SHARD.fullmatch, names))
-    there = {int(m[2]): m[0] for m in found if (m[1], m[3], m[4]) == (stem, count, variant)}
+    there = {int(m[2]): m[0] for m in found if (m[1], *m.groups()[2:]) == (stem, count, variant, kind)}
     lost = (i for i in range(1, int(count) + 1) if i not in there)
     lost = islice(lost, max(0, min(NAMED, int(count) - len(there))))
-    missing = [f"{stem}-{i:0{len(number)}}-of-{count}{variant}.safetensors" for i in lost]
+    missing = [f"{stem}-{i:0{len(number)}}-of-{count}{variant}{kind}" for i in lost]
     return {name: set() for name in sorted([*there.values(), *missing])}

@@ -20,7 +20,7 @@ def served(host, real_host, gguf_pack):
     for name in ("sd15-base", "sd15-tuned"):
         path = host.base / "models/checkpoints" / name
         words = [f"{path}.safetensors", f"{path}.gguf", "sd1"]
-        subprocess.run([real_host[1], HERE / "write_gguf.py", *words], check=True)
+        subprocess.run([real_host[1], HERE.parent / "write_gguf.py", *words], check=True)
     return host
 
 

@@ -11,16 +11,17 @@ PREFIX = "model.diffusion_model."
 EXACT = ".attn2.to_v."
 
 
-def write_gguf(tensors, path, arch, kind=gguf.GGMLQuantizationType.Q8_0):
+def write_gguf(tensors, path, arch, kind=gguf.GGMLQuantizationType.Q8_0, quantize=gguf.quants.quantize):
     """Write the tensors of a model, most weights quantised.
 
     A convolution of 256 k numbers is stored as rows of 256, its shape beside it: quantised numbers lie in rows.
 
     Args:
-        tensors: Name -> tensor in float16.
+        tensors: Name -> tensor.
         path: The file.
         arch: The kind of model, as ComfyUI-GGUF calls it.
         kind: How the weights are stored.
+        quantize: Makes an array one of that kind.
     """
     writer = gguf.GGUFWriter(path=None, arch=arch)
     for key, tensor in tensors.items():
@@ -31,7 +32,7 @@ def write_gguf(tensors, path, arch, kind=gguf.GGMLQuantizationType.Q8_0):
         if data.shape[-1] % 256:
             writer.add_array(f"comfy.gguf.orig_shape.{key}", tuple(map(int, data.shape)))
             data = data.reshape(-1, 256)
-        writer.add_tensor(key, gguf.quants.quantize(data, kind), raw_dtype=kind)
+        writer.add_tensor(key, quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file(path=path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
