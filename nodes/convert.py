@@ -14,7 +14,7 @@ from ..lorax.compare.scores import finite_mean
 from ..lorax.models.base import Base
 from ..lorax.transfer.report import WEAK
 from . import host
-from .host import io, ui
+from .host import io
 from .types import CATEGORY, AdapterPort, rank_input
 
 # Adapter -> (state of the model, what became of the adapter on it): changing the strength never decomposes again.
@@ -42,7 +42,7 @@ class LoraXConvert(io.ComfyNode):
                 AdapterPort.Output(display_name="adapter", tooltip="The LoRA-X adapter."),
                 io.String.Output(display_name="report", tooltip="How much of the update is left."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -51,7 +51,7 @@ class LoraXConvert(io.ComfyNode):
         cls, adapter: Adapter, source: host.Model, rank: int, source_clip: host.Clip | None = None
     ) -> io.NodeOutput:
         """Project it."""
-        base = host.open_model(source, source_clip)
+        base = host.open_model(source, source_clip, host.file_of(cls.hidden, "source"))
         most = highest_rank(base.layers.values())
         converted, shares = host.compute(
             lambda engine, progress: convert_to_lora_x(
@@ -66,8 +66,7 @@ class LoraXConvert(io.ComfyNode):
             text += f"\n{len(left)} not converted, the first {left[0]}: {converted.unused[left[0]]}"
         if mean < WEAK:
             text += f"\nwarning: {KEEP_THE_LORA}"
-        host.show(text, cls.hidden.unique_id)
-        return io.NodeOutput(converted, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(converted, text, ui=host.shown(cls.hidden, text))
 
 
 def has_lora_x(adapter: Adapter) -> bool:

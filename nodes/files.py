@@ -8,7 +8,7 @@ from ..lorax.adapters import Adapter, load_adapter, save_adapter
 from ..lorax.errors import OptionError, OutputError
 from . import host
 from .convert import as_lora, has_lora_x
-from .host import io, ui
+from .host import io
 from .types import CATEGORY, SHOWN_AGAIN, AdapterPort
 
 FORMS = ("LoRA, kohya names", "LoRA, diffusers names", "LoRA-X")
@@ -40,7 +40,7 @@ class LoraXLoader(io.ComfyNode):
                     display_name="summary", tooltip="Format, base family, layers, ranks, what is not used."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -54,8 +54,7 @@ class LoraXLoader(io.ComfyNode):
         """Read it."""
         adapter = load_adapter(host.adapter_path(lora_name))
         text = summary(adapter)
-        host.show(text, cls.hidden.unique_id)
-        return io.NodeOutput(adapter, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(adapter, text, ui=host.shown(cls.hidden, text))
 
 
 class LoraXSave(io.ComfyNode):
@@ -93,7 +92,7 @@ class LoraXSave(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the file was written.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -124,8 +123,7 @@ class LoraXSave(io.ComfyNode):
         naming = "diffusers" if form == FORMS[1] else "kohya"
         path, name = host.free_path(folder, filename_prefix)
         save_adapter(adapter, path, naming=naming, overwrite=False)
-        host.show(name, cls.hidden.unique_id)
-        return io.NodeOutput(path, ui=ui.PreviewText(name))
+        return io.NodeOutput(path, ui=host.shown(cls.hidden, name))
 
 
 def summary(adapter: Adapter) -> str:

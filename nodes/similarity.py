@@ -58,7 +58,7 @@ class LoraXSimilarity(io.ComfyNode):
                     display_name="report", tooltip="Mean similarity of the layers of equal name, by kind."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -67,16 +67,16 @@ class LoraXSimilarity(io.ComfyNode):
         cls, source: host.Model, target: host.Model, rank: int, layers: str, cache: bool = True
     ) -> io.NodeOutput:
         """Compare them."""
-        base_s, base_t = host.open_model(source), host.open_model(target)
+        base_s = host.open_model(source, name=host.file_of(cls.hidden, "source"))
+        base_t = host.open_model(target, name=host.file_of(cls.hidden, "target"))
         result, pairs = host.compute(
             lambda engine, progress: _compare(base_s, base_t, rank, layers, engine, progress),
             len(base_s.layers) + len(base_t.layers),
             cache=cache,
         )
         text = describe(result)
-        host.show(text, cls.hidden.unique_id)
         view = similarity_view(result, base_s, base_t, pairs)
-        return io.NodeOutput(result, picture(result), text, ui={"text": [text], "lorax_similarity": [view]})
+        return io.NodeOutput(result, picture(result), text, ui=host.shown(cls.hidden, text, lorax_similarity=view))
 
 
 def _compare(

@@ -90,7 +90,7 @@ class LoraXTrain(io.ComfyNode):
                 AdapterPort.Output(display_name="adapter", tooltip="For Save LoRA-X, Apply on this model, Transfer."),
                 io.Image.Output(display_name="loss_graph", tooltip="The loss of each step."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -134,7 +134,7 @@ class LoraXTrain(io.ComfyNode):
             gradient_checkpointing=gradient_checkpointing[0],
         )
         image = torch.from_numpy(np.asarray(loss_picture(curve.losses), dtype=np.float32) / 255)[None]
-        return io.NodeOutput(adapter, image, ui={"text": [curve.words()], "lorax_loss": [curve.points()]})
+        return io.NodeOutput(adapter, image, ui=host.shown(cls.hidden, curve.words(), lorax_loss=curve.points()))
 
 
 def paired(latents: Sequence[host.Latent], positive: Sequence[host.Conditioning]) -> list[tuple[Tensor, host.Caption]]:

@@ -9,7 +9,7 @@ from ..lorax.options import DEFAULTS, Dora, Matching, Method
 from ..lorax.transfer.run import transfer_adapter
 from . import host
 from .convert import remembered_as_lora
-from .host import io, ui
+from .host import io
 from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, SimilarityPort, cache_input, rank_input
 
 
@@ -82,7 +82,7 @@ class LoraXTransfer(io.ComfyNode):
                     tooltip="Makes up for norm that was lost; 1 where layers are missing. Connect it to Apply if you like.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -103,7 +103,8 @@ class LoraXTransfer(io.ComfyNode):
         target_clip: host.Clip | None = None,
     ) -> io.NodeOutput:
         """Move it."""
-        base_s, base_t = host.open_model(source, source_clip), host.open_model(target, target_clip)
+        base_s = host.open_model(source, source_clip, host.file_of(cls.hidden, "source"))
+        base_t = host.open_model(target, target_clip, host.file_of(cls.hidden, "target"))
         most = highest_rank([*base_s.layers.values(), *base_t.layers.values()])
         words = {"method": method, "threshold": threshold, "matching": matching, "dora": dora}
         options = DEFAULTS.changed({"rank": min(rank, most), **words})
@@ -123,9 +124,8 @@ class LoraXTransfer(io.ComfyNode):
         text = "\n".join(
             [report.summary, *report.assignment.summary, *(f"warning: {warning}" for warning in report.warnings)]
         )
-        host.show(text, cls.hidden.unique_id)
         strength = report.suggested_strength or 1.0
-        return io.NodeOutput(moved, text, strength, ui={"text": [text], "lorax_report": [report.to_json()]})
+        return io.NodeOutput(moved, text, strength, ui=host.shown(cls.hidden, text, lorax_report=report.to_json()))
 
 
 class LoraXApply(io.ComfyNode):
@@ -158,7 +158,7 @@ class LoraXApply(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The patched model, for a sampler."),
                 io.Clip.Output(display_name="CLIP", tooltip="The patched text encoder; nothing if none was given."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -171,5 +171,4 @@ class LoraXApply(io.ComfyNode):
         text = f"{len(adapter.layers) - len(missing)} of {len(adapter.layers)} layers applied"
         if missing:
             text += f"; no place for {len(missing)}, the first {missing[0]}"
-        host.show(text, cls.hidden.unique_id)
-        return io.NodeOutput(patched, patched_clip, ui=ui.PreviewText(text))
+        return io.NodeOutput(patched, patched_clip, ui=host.shown(cls.hidden, text))

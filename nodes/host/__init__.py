@@ -5,7 +5,8 @@ from typing import Any
 from .files import adapter_files, adapter_path, check_prefix, free_path
 from .models import model_key, open_model, state_of, weight_of
 from .patch import apply_adapter
-from .run import as_text, compute, counted, send, show
+from .prompt import file_of
+from .run import as_text, compute, counted, send, show, shown
 from .train import training
 from .types import Caption, Clip, Conditioning, Latent, Model
 
@@ -22,11 +23,13 @@ __all__ = [
     "check_prefix",
     "compute",
     "counted",
+    "file_of",
     "free_path",
     "model_key",
     "open_model",
     "send",
     "show",
+    "shown",
     "state_of",
     "training",
     "weight_of",

@@ -56,12 +56,14 @@ def weight_of(patcher: Model, key: str) -> Tensor:
     return comfy.lora.calculate_weight(patches, weight, key, intermediate_dtype=torch.float32) if patches else weight
 
 
-def open_model(model: Model, clip: Clip | None = None) -> Base:
+def open_model(model: Model, clip: Clip | None = None, name: str | None = None) -> Base:
     """Return a MODEL, and a CLIP if there is one, as a base whose weights are read one at a time.
+
+    Its name is `name`; where that is not known, what the host calls models of its kind.
 
     The layers of a MODEL of no known family have the names that the host's own LoRA loader gives them.
     """
-    name = type(getattr(model.model, "model_config", model.model)).__name__
+    name = name or type(getattr(model.model, "model_config", model.model)).__name__
     encoders = {kind: _text_modules(clip, prefix) for kind, prefix in TEXT_ENCODERS.items()} if clip is not None else {}
     weights = ModelWeights(model, clip)
     base = loaded_base(name, _parameters(model, UNET), encoders, weights.read, lambda: _spellings(model))

@@ -11,6 +11,7 @@ from ...lorax.compute.cache import open_cache
 from ...lorax.compute.engine import Engine, or_on_cpu
 from ...lorax.errors import printable
 from ...lorax.progress import Progress
+from .prompt import widget_values
 
 # Room to make on the GPU for one layer: the largest weight of SDXL, 10240 x 1280, in float64, six times.
 WORKSPACE_BYTES = 640 * 2**20
@@ -64,6 +65,18 @@ def show(text: str, node_id: str | None) -> None:
 
     if node_id is not None:
         PromptServer.instance.send_progress_text(as_text(text), node_id)
+
+
+def shown(hidden: Any, text: str, **views: Any) -> dict[str, list[Any]]:
+    """Show text on the face of a node, and return what its view shows when it has run: the `ui` of its output.
+
+    Args:
+        hidden: `hidden` of the node class while it runs, which asked for `unique_id` and `prompt`.
+        text: What the node says.
+        **views: What its view shows, by the key that the view reads.
+    """
+    show(text, hidden.unique_id)
+    return {"text": [text], "lorax_inputs": [widget_values(hidden)]} | {key: [data] for key, data in views.items()}
 
 
 def as_text(text: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from client import to_prompt
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +172,26 @@ def test_saving_twice_makes_two_files(host):
         paths.append(host.run(moved).outputs["6"]["text"][0])
     assert paths == ["twice/name_00001_.safetensors", "twice/name_00002_.safetensors"]
     assert all((host.base / "models/loras" / path).is_file() for path in paths)
+
+
+def test_the_report_and_the_file_name_the_files_of_both_models(host):
+    """Through nodes that change a model; without folders; a merge of two is none of them."""
+    checkpoints = host.base / "models/checkpoints"
+    (checkpoints / "deep").mkdir()
+    (checkpoints / "deep/copy.safetensors").symlink_to(checkpoints / "sd15-base.safetensors")
+    prompt = transfer(source="deep/copy", rank=33)
+    prompt["20"] = node("LoraLoaderModelOnly", model=["2", 0], lora_name="sd15-style.safetensors", strength_model=0.1)
+    prompt["21"] = node("ModelMergeSimple", model1=["1", 0], model2=["2", 0], ratio=0.5)
+    prompt["4"]["inputs"]["target"] = ["20", 0]
+    prompt["22"] = node("LoraXSimilarity", source=["1", 0], target=["21", 0], rank=0, layers="attention")
+    result = host.run(prompt | {"6": save(adapter=["4", 0])})
+    assert result.ok, result.messages
+    (report,), (view,) = result.outputs["4"]["lorax_report"], result.outputs["22"]["lorax_similarity"]
+    assert (report["source"], report["target"]) == ("copy.safetensors", "sd15-tuned.safetensors")
+    assert (view["source"], view["target"]) == ("copy.safetensors", "SD15")
+    with safe_open(host.base / "models/loras" / result.outputs["6"]["text"][0], "pt") as file:
+        assert file.metadata()["lorax_source"] == "copy.safetensors"
+        assert "deep" not in str(file.metadata())
 
 
 def test_text_encoder_layers_move_too(host):
