@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from demo.synthetic import base_tensors
-from lorax import LayerTable, module_base, open_base
+from lorax import Base, FormatError, Layer, LayerTable, module_base, open_base
 from lorax.models.families import families
 from tests.conftest import small_base
 from tests.models import MODELS, SWAPPED, UNETS, matrices, model_of, original, weights
@@ -180,3 +180,19 @@ def test_a_base_that_replaces_another_keeps_none_of_its_weights(tmp_path):
     assert len({old[first][0], other.digest(first), fewer.digest(first)}) == 3
     assert {base, other, fewer} != {base}
     assert replace(base, name="renamed").digest(first) == base.digest(first) == old[first][0]
+
+
+@pytest.mark.parametrize("packed", [torch.zeros(512, 1, dtype=torch.uint8), torch.zeros(32, 32, dtype=torch.int8)])
+def test_a_weight_that_is_no_numbers_is_named_with_what_to_do(packed):
+    """As bitsandbytes keeps the weights of a module of 32 x 32 in 4 bits and in 8."""
+    module = torch.nn.Linear(32, 32)
+    module.weight = torch.nn.Parameter(packed, requires_grad=False)
+    base = module_base(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"q": module})])}))
+    with pytest.raises(FormatError, match=r"blocks\.0\.q in model is u?int8 \[\d+, \d+\]; .*fp16"):
+        base.weight("transformer.blocks.0.q")
+
+
+def test_a_weight_of_another_shape_than_its_layer_s_is_named():
+    layers = LayerTable([Layer("transformer.blocks.0.q", (4, 3))])
+    with pytest.raises(FormatError, match=r"blocks\.0\.q in model is float32 \[3, 4\], not \[4, 3\]"):
+        Base("model", families()["flux"], layers, lambda _: torch.ones(3, 4)).weight("transformer.blocks.0.q")

@@ -82,6 +82,7 @@ class Base:
 
         Raises:
             NumericsError: It holds NaN or Inf.
+            FormatError: It is quantised in a way that is not read.
             FileError: It cannot be read.
         """
         from ..linalg import all_finite, single
@@ -90,7 +91,9 @@ class Base:
         if last is not None and last[:2] == (name, device):
             return last[2]
         layer = self.layers[name]
-        matrix = single(self.read(layer), device).reshape(layer.matrix_shape)
+        weight = self.read(layer)
+        check_numbers(weight, layer.shape, f"{name} in {self.name}")
+        matrix = single(weight, device).reshape(layer.matrix_shape)
         if not all_finite(matrix):
             raise NumericsError("a weight of a base holds NaN or Inf", f"{name} in {self.name}", "use a sound copy")
         self._last = (name, device, matrix)
@@ -223,6 +226,24 @@ def loaded_base(
             layers += [Layer(f"{component[kind]}.{path}", shape) for path, shape in modules.items() if len(shape) == 2]
     sizes = {key: shape[0] for key, shape in parameters.items() if len(shape) == 1}
     return Base(name, family, LayerTable(layers, names), read, LayerTable(family.vectors(sizes, found)))
+
+
+def check_numbers(weight: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """Check that a weight is numbers, and as many as the layer has; what is packed in a way of its own is not.
+
+    Args:
+        weight: The weight, or what a program keeps in its place.
+        shape: Shape of the layer's weight.
+        name: Names the weight in a message.
+
+    Raises:
+        FormatError: It is of another shape, or not of a floating dtype.
+    """
+    if tuple(weight.shape) != shape or not weight.is_floating_point():
+        got = f"{name} is {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+        got += "" if tuple(weight.shape) == shape else f", not {list(shape)}"
+        fix = "load the model in fp32, fp16, bf16, fp8 or GGUF"
+        raise FormatError("a weight that cannot be read as numbers", got, fix)
 
 
 def module_base(model: Module, name: str = "model") -> Base:

@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...lorax.models.base import Base, loaded_base
+from ...lorax.models.base import Base, check_numbers, loaded_base
 from ...lorax.models.layers import Layer
 from .types import Clip, Model
 
@@ -42,9 +42,9 @@ def weight_of(patcher: Model, key: str) -> Tensor:
         weight = backup.weight
     if (backup := getattr(patcher, "hook_backup", {}).get(key)) is not None:
         weight = backup[0]
-    if hasattr(weight, "layout_cls") or type(weight).__name__ == "QuantizedTensor":
+    if _is_quantised(weight):
         weight = weight.detach().to("cpu").dequantize().to(torch.float32)
-    elif hasattr(weight, "tensor_type"):  # by ComfyUI-GGUF, whose layers read their own weights
+    elif _is_gguf(weight):  # its layers read their own weights
         weight = weight.to("cpu", copy=True)
         weight.patches = []  # those of whichever MODEL was loaded last
         weight = comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]).get_weight(weight, torch.float32)
@@ -62,6 +62,9 @@ def open_model(model: Model, clip: Clip | None = None, name: str | None = None) 
     Its name is `name`; where that is not known, what the host calls models of its kind.
 
     The layers of a MODEL of no known family have the names that the host's own LoRA loader gives them.
+
+    Raises:
+        FormatError: A weight is quantised in a way that is not read.
     """
     name = name or type(getattr(model.model, "model_config", model.model)).__name__
     encoders = {kind: _text_modules(clip, prefix) for kind, prefix in TEXT_ENCODERS.items()} if clip is not None else {}
@@ -116,11 +119,24 @@ def _spellings(model: Model) -> dict[str, tuple[str, tuple[int, int] | None]]:
 
 
 def _parameters(patcher: Model, prefix: str) -> dict[str, tuple[int, ...]]:
-    return {
-        name.removeprefix(prefix): tuple(value.shape)
-        for name, value in patcher.model.named_parameters()
-        if name.startswith(prefix)
-    }
+    """Return the shape of each parameter; it is one of numbers, or one that tells how many numbers it stands for."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, value in patcher.model.named_parameters():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = shape = tuple(value.shape)
+            if name.endswith(".weight") and not _is_quantised(value) and not _is_gguf(value):
+                check_numbers(value, shape, name)
+    return found
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    """Return whether a weight is a quantised tensor of the host's own."""
+    return hasattr(weight, "layout_cls") or type(weight).__name__ == "QuantizedTensor"
+
+
+def _is_gguf(weight: Tensor) -> bool:
+    """Return whether a weight is a tensor of ComfyUI-GGUF."""
+    return hasattr(weight, "tensor_type")
 
 
 def _text_modules(clip: Clip, prefix: str) -> dict[str, tuple[int, ...]]:

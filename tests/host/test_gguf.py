@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_server import node, sampling, save, transfer
+from test_train import losses, training
 
 gguf = pytest.importorskip("gguf")
 HERE = Path(__file__).parent
@@ -87,3 +88,11 @@ def test_a_transfer_to_a_quantised_model_from_one(served):
     torch.testing.assert_close(ours.latent(), served.run(stock).latent(), rtol=1e-3, atol=1e-3)
     prompt["5"]["inputs"]["strength"] = 0.0
     assert torch.equal(served.run(prompt).latent(), served.run(plain).latent())
+
+
+def test_training_on_a_quantised_model(served):
+    whole = training(steps=3, rank=8)
+    results = [served.run(whole | loader) for loader in ({}, {"1": node("UnetLoaderGGUF", unet_name="sd15-base.gguf")})]
+    assert all(result.ok for result in results), [result.messages for result in results]
+    assert losses(results[1]) != losses(results[0])
+    assert losses(results[1]) == pytest.approx(losses(results[0]), rel=0.02)

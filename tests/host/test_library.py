@@ -5,6 +5,7 @@ classes are not imported here.
 """
 
 import importlib
+import re
 import sys
 import types
 from dataclasses import replace
@@ -226,6 +227,20 @@ def test_float8_weights_are_read_layer_by_layer(pack, checkpoint):
     for name in list(file.layers)[3::11]:
         stored = file.weight(name).to(torch.float8_e4m3fn).float()
         assert torch.equal(base.weight(name), stored)
+
+
+@pytest.mark.parametrize("packed", [torch.uint8, torch.int8])
+def test_a_weight_that_is_no_numbers_is_named_with_what_to_do(pack, model, lora, packed):
+    """As bitsandbytes keeps 4 bits, two in a byte, all in one column; and 8 bits."""
+    adapter = pack.lorax.load_adapter(lora)
+    layer = next(layer for layer in pack.host.open_model(model).layers.values() if layer.path.endswith("to_q"))
+    module = model.model.diffusion_model.get_submodule(layer.original)
+    shape = (layer.shape[0] * layer.shape[1] // 2, 1) if packed == torch.uint8 else layer.shape
+    module.weight = torch.nn.Parameter(torch.zeros(shape, dtype=packed), requires_grad=False)
+    words = f"{layer.original}.weight is {str(packed)[6:]} [{shape[0]}, {shape[1]}]; load the model in fp32, fp16"
+    for work in (pack.host.open_model, lambda model: pack.host.apply_adapter(model, None, adapter, 1.0)):
+        with pytest.raises(pack.lorax.FormatError, match=re.escape(words)):
+            work(model)
 
 
 KINDS = ["kohya", "diffusers by kohya", "transferred", "lora-x"]
