@@ -4,6 +4,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { lossView } from "./loss_view.js";
+import { noticeOf } from "./notice.js";
 import { keptShares, readReport } from "./report_data.js";
 import { packReport } from "./report_pack.js";
 import { reportView } from "./report_view.js";
@@ -11,12 +12,14 @@ import { similarityView } from "./similarity_view.js";
 import { textView } from "./text_view.js";
 import { say, speak } from "./texts.js";
 
-const KEPT = "lorax"; // the property of a node that holds `{data, state}`; the workflow file has it
+// The property of a node that holds `{data, state, inputs}`, the last what the widgets were; the workflow file has it.
+const KEPT = "lorax";
 const SIMILARITY = "LoraXSimilarity";
 const TRANSFER = "LoraXTransfer";
 const TRAIN = "LoraXTrain";
 const TEXT = "$$node-text-preview"; // the front end's widget for the text that a node sends while it runs
 const WAITING = 44; // height of a view that has nothing to show yet
+const WRONG = 110; // and of one that has nothing to show but an error
 
 /**
  * The view of a node. One that depends on other nodes follows them: their thresholds (`follow`), or their reports too.
@@ -32,11 +35,19 @@ const WAITING = 44; // height of a view that has nothing to show yet
 const SAID = { key: "text", height: 84, pack: (/** @type {unknown} */ data) => data, attach: textView };
 
 /**
- * What a node sends, how much room its view takes, what of it the workflow file keeps, and how the view is made.
- * @type {Record<string, { key: string, height: number, pack: (data: any) => unknown, attach: (node: HostNode) => View }>}
+ * What a node sends, how much room its view takes, what of it the workflow file keeps, how the view is made, and the
+ * text for its work.
+ * @type {Record<string, { key: string, height: number, pack: (data: any) => unknown, attach: (node: HostNode) => View,
+ *   work?: string }>}
  */
 const NODES = {
-  [SIMILARITY]: { key: "lorax_similarity", height: 740, pack: (data) => data, attach: attachSimilarity },
+  [SIMILARITY]: {
+    key: "lorax_similarity",
+    height: 740,
+    pack: (data) => data,
+    attach: attachSimilarity,
+    work: "comparing",
+  },
   [TRANSFER]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
   [TRAIN]: { key: "lorax_loss", height: 190, pack: (data) => data, attach: lossView },
   LoraXLoader: SAID,
@@ -46,6 +57,8 @@ const NODES = {
 };
 /** @type {WeakMap<HostNode, View>} */
 const views = new WeakMap();
+/** @type {WeakMap<HostNode, ReturnType<typeof noticeOf>>} */
+const notices = new WeakMap();
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let telling; // the timer of `tellSoon`
 
@@ -54,13 +67,14 @@ let telling; // the timer of `tellSoon`
  * @param {HostNode} node
  */
 function keptOf(node) {
-  const { data, state } = /** @type {{ data?: unknown, state?: unknown }} */ (node.properties[KEPT] ?? {});
-  return { data, state };
+  const kept = /** @type {Record<"data" | "state" | "inputs", unknown>} */ (node.properties[KEPT] ?? {});
+  const { data, state, inputs } = kept;
+  return { data, state, inputs };
 }
 
 /**
  * @param {HostNode} node
- * @param {{ data?: unknown, state?: unknown }} values
+ * @param {{ data?: unknown, state?: unknown, inputs?: unknown }} values
  */
 function keep(node, values) {
   node.properties[KEPT] = { ...keptOf(node), ...values };
@@ -188,9 +202,14 @@ function reportOf(node) {
  * @param {"follow" | "followReports"} what
  */
 function tellAll(what) {
+  for (const node of allNodes()) withView(node, (view) => view[what]?.());
+}
+
+/** Return the nodes of the workflow, those in subgraphs too. */
+function allNodes() {
   const root = app.rootGraph ?? app.graph;
   const graphs = [root, ...(root?.subgraphs?.values() ?? [])];
-  for (const node of graphs.flatMap((graph) => graph?.nodes ?? [])) withView(node, (view) => view[what]?.());
+  return graphs.flatMap((graph) => graph?.nodes ?? []);
 }
 
 /** Tell once of many changes: a workflow that is loaded makes one for every link. */
@@ -222,27 +241,84 @@ function grow(node) {
 function showKept(node) {
   const { data, state } = keptOf(node);
   if (data !== undefined) withView(node, (view) => view.show(data, state));
+  notices.get(node)?.place();
+  markOld(node);
+}
+
+/**
+ * Say so where the widgets of a node are not those of what its view shows, and nothing else is to be said.
+ * @param {HostNode} node
+ */
+function markOld(node) {
+  const notice = notices.get(node);
+  if (!notice || notice.kind === "busy" || notice.kind === "error") return;
+  const old = Object.entries(keptOf(node).inputs ?? {}).some(([name, value]) => {
+    const widget = node.widgets?.find((one) => one.name === name);
+    // A seed has linked widgets: the host itself changes it after each run.
+    return widget && !widget.linkedWidgets?.length && widget.value !== value;
+  });
+  notice.set(old ? "old" : "", say("old_settings"));
+}
+
+/**
+ * End what was said of runs before: that nodes work, or what went wrong too.
+ * @param {(kind: string) => boolean} which
+ */
+function endNotices(which) {
+  for (const node of allNodes()) {
+    const notice = notices.get(node);
+    if (!notice || !which(notice.kind)) continue;
+    notice.set("");
+    markOld(node);
+  }
+}
+
+/**
+ * @param {{ nodes?: Record<string, { state: string, value: number, max: number }> } | undefined} detail
+ */
+function showWork(detail) {
+  for (const [id, { state, value, max }] of Object.entries(detail?.nodes ?? {})) {
+    const node = state === "running" ? nodeById(id) : null;
+    const notice = node && notices.get(node);
+    if (!notice) continue;
+    const percent = Math.round((100 * value) / (max || 1));
+    notice.set("busy", say(NODES[node.comfyClass].work ?? "working", { percent }));
+  }
+}
+
+/**
+ * @param {{ node_id?: unknown, node_type?: unknown, exception_message?: unknown } | undefined} detail
+ */
+function showError(detail) {
+  const node = nodeById(detail?.node_id);
+  if (!node || node.comfyClass !== detail?.node_type) return; // of another workflow
+  notices.get(node)?.set("error", String(detail.exception_message).trim());
+  grow(node);
 }
 
 /** @param {HostNode} node */
 function attach(node) {
   const { key, height, pack, attach: make } = NODES[node.comfyClass];
   const view = make(node);
+  const notice = noticeOf(view.element);
   views.set(node, view);
+  notices.set(node, notice);
   const widget = node.addDOMWidget("lorax_view", "lorax_view", view.element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => (keptOf(node).data === undefined ? WAITING : height),
+    getMinHeight: () => (keptOf(node).data !== undefined ? height : notice.kind === "error" ? WRONG : WAITING),
     getValue: () => "",
     setValue: () => {},
   });
   widget.serialize = false;
+  for (const one of node.widgets ?? []) chain(one, "callback", () => markOld(node));
   chain(node, "onConfigure", () => showKept(node));
   chain(node, "onConnectionsChange", tellSoon);
   chain(node, "onExecuted", (/** @type {Record<string, unknown[]> | undefined} */ output) => {
     const data = output?.[key]?.[0];
     if (data === undefined) return;
-    withView(node, () => keep(node, { data: pack(data) }));
+    notice.set("");
+    withView(node, () => keep(node, { data: pack(data), inputs: output?.lorax_inputs?.[0] }));
     showKept(node);
     withoutText(node);
     grow(node);
@@ -341,6 +417,12 @@ app.registerExtension({
     tellAll("followReports");
   },
   setup() {
+    api.addEventListener("execution_start", () => endNotices((kind) => kind !== ""));
+    api.addEventListener("progress_state", ({ detail }) => showWork(detail));
+    api.addEventListener("execution_error", ({ detail }) => showError(detail));
+    for (const type of ["execution_error", "execution_interrupted", "execution_success"]) {
+      api.addEventListener(type, () => endNotices((kind) => kind === "busy"));
+    }
     api.addEventListener("lorax.loss", ({ detail }) => {
       const node = nodeById(detail?.node);
       const view = node && views.get(node);

@@ -9,6 +9,9 @@ export const ENGLISH = {
   waiting_report: "Queue the workflow: what arrived appears here.",
   waiting_loss: "Queue the workflow: the loss appears here.",
   waiting_text: "Queue the workflow: what this node says appears here.",
+  working: "Working: {percent} %",
+  comparing: "Comparing: {percent} %",
+  old_settings: "Made with other settings. Queue the workflow again.",
   unknown_schema:
     "This view cannot read {schema}, version {version}. Queue the workflow again, or use the lorax that wrote it.",
   old_version: "An older version of lorax made this. Queue the workflow again.",

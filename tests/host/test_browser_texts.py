@@ -1,6 +1,7 @@
 """What nodes say in the real front end: seen, and there as long as it is true."""
 
 import json
+import re
 
 import pytest
 from chromium import overlaps, picture
@@ -68,4 +69,60 @@ def test_a_transfer_runs_alone_and_says_it_again_when_its_workflow_is_opened_aga
         queue(page)
         assert page.locator(ARRIVED).inner_text() == "70 / 70"
         assert page.locator(".lorax-said").count() == again  # the loader did not run, and is no output node
+        nothing_wrong(page, host)
+
+
+NOTICES = """() => {
+    window.notices = new Set();
+    const look = () => document.querySelectorAll(".lorax-notice").forEach((one) => window.notices.add(one.textContent));
+    new MutationObserver(look).observe(document.body, { childList: true, subtree: true, characterData: true });
+}"""
+SET = """([type, name, value]) => {
+    const widget = app.graph.nodes.find((node) => node.type === type).widgets.find((one) => one.name === name);
+    widget.value = value;
+    widget.callback(value);
+}"""
+SHOWN = ".lorax-notice:visible"
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_a_view_says_that_its_node_works_and_what_went_wrong(host, browser, vue):
+    if vue:
+        vue_nodes(host)
+    (host.base / "models/loras/wrong.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0<b>no JSON</b>")
+    with front_end(host, browser, vue) as page:
+        compare = (
+            "LoraXSimilarity",
+            [840, 40],
+            {"rank": 20 + vue, "layers": "all"},
+            {"source": (0, 0), "target": (1, 0)},
+        )
+        build(page, *ALONE, compare)
+        page.evaluate(NOTICES)
+        page.evaluate(SET, ["LoraXLoader", "lora_name", "wrong.safetensors"])
+        queue(page, "execution_error")
+        error = page.locator(".lorax-text .lorax-error[role=alert]").inner_text()
+        assert re.fullmatch("truncated, or not a safetensors file: .*wrong.safetensors: .*; download .*", error)
+        picture(page, f"error-{'vue' if vue else 'classic'}")
+        assert overlaps(page) == []
+        page.evaluate(SET, ["LoraXLoader", "lora_name", "sd15-style.safetensors"])
+        queue(page)
+        assert page.locator(SHOWN).count() == 0
+        assert page.evaluate("[...window.notices].some((text) => /^Comparing: [1-9]\\d? %$/.test(text))")
+        assert page.evaluate("[...window.notices].some((text) => /^Working: \\d+ %$/.test(text))")
+
+
+def test_a_view_says_that_its_settings_are_others_now(host, browser):
+    with front_end(host, browser) as page:
+        build(page, *ALONE)
+        queue(page)
+        for value, marked in ((0.3, 1), (0.0, 0), (0.3, 1)):
+            page.evaluate(SET, ["LoraXTransfer", "threshold", value])
+            assert page.locator(SHOWN).count() == marked
+        assert page.locator(f".lorax-report {SHOWN}").inner_text().startswith("Made with other settings")
+        saved = page.evaluate("app.graph.serialize()")
+        drop(page, saved)
+        assert page.locator(f".lorax-report {SHOWN}").count() == 1
+        queue(page)
+        assert page.locator(SHOWN).count() == 0
         nothing_wrong(page, host)

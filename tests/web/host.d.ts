@@ -4,6 +4,7 @@ interface HostWidget {
   name: string;
   value: unknown;
   serialize?: boolean;
+  linkedWidgets?: HostWidget[];
   callback?(value: unknown): void;
 }
 

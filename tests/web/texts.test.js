@@ -16,7 +16,7 @@ test.each(languages)("%s has every text, with the same places for values", (lang
 });
 
 test("every text that the views say exists", () => {
-  for (const file of ["similarity_view", "report_view", "loss_view", "text_view", "heatmap", "bars", "threshold", "host", PAGE]) {
+  for (const file of ["similarity_view", "report_view", "loss_view", "text_view", "notice", "heatmap", "bars", "threshold", "host", PAGE]) {
     const source = readFileSync(new URL(`../../web/${file}.js`, import.meta.url), "utf8");
     for (const [, key] of source.matchAll(/\bsay\("(\w+)"/g)) expect(ENGLISH).toHaveProperty(key);
   }
