@@ -8,6 +8,7 @@ import torch
 from lorax import Base, Layer, LayerTable, Outcome, TransferOptions, transfer_adapter
 from lorax.adapters import Adapter, DiffLayer, LoraXLayer, expand
 from lorax.models.families import families
+from lorax.transfer.widened import fitted
 from tests.naive import moved_naively, updates
 from tests.tensors import dense, randn, same
 
@@ -111,6 +112,29 @@ def test_the_other_way_the_channels_that_the_target_lacks_are_cut_and_count_as_l
         assert report.retained_norm == pytest.approx(float(arrived.norm() / dW.norm()), rel=1e-3)
 
 
+@pytest.mark.parametrize("case", MADE, ids=IDS)
+def test_applied_as_it_is_the_known_channels_take_the_update(case):
+    """Of kinds that need the weight, that of the model it is applied to."""
+    narrow, wide = pair(case)
+    name, kinds = case[1], set()
+    columns = narrow.layers[name].matrix_shape[1]
+    same_start = base_of(case[0], name, wide.read(wide.layers[name])[:, : case[3]])
+    for kind, own in of_kinds(same_start, name).items():
+        if kind == "lora-x":
+            continue
+        widened = fitted(own, wide)
+        assert widened.layer.shape == wide.layers[name].shape
+        arrived = dense(widened, wide)
+        same(arrived[:, :columns], dense(own, same_start))
+        assert not arrived[:, columns:].any()
+    for kind, own in of_kinds(wide, name).items():
+        if kind != "lora-x" and (less := fitted(own, narrow)):
+            same(dense(less, narrow), dense(own, wide)[:, :columns])
+            kinds.add(kind)
+    assert kinds >= {"lora", "foura", "loha", "lokr", "diff"}
+    assert "oft" not in kinds
+
+
 def test_they_are_compared_by_the_channels_that_they_share():
     source, target = pair(MADE[0])
     own = of_kinds(source, "unet.conv_in")["lora"]
@@ -155,6 +179,7 @@ def test_another_width_is_none_of_them(other):
     _, report = transfer_adapter(adapter, source, target, TransferOptions(method="copy", threshold=-9))
     row = next(row for row in report.rows if row.source == name)
     assert row.outcome is Outcome.SHAPE_MISMATCH
+    assert other == "another family" or fitted(adapter.layers[name], target) is None
 
 
 def test_the_patches_of_flux_begin_with_the_channels_of_the_latent():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import AdapterLayer, DiffLayer, LoraLayer, LoraXLayer, expand
-from ..compute.engine import Engine
+from ..compute.engine import CPU, Engine
 from ..models.base import Base
 from ..models.layers import Layer, LayerTable
 
@@ -66,6 +66,30 @@ def widen(update: AdapterLayer, layer: Layer) -> AdapterLayer:
         return LoraLayer(layer, B, torch.nn.functional.pad(A, (0, more)), update.alpha)
     diff = update.parts()["diff"].flatten(1)
     return DiffLayer(layer, torch.nn.functional.pad(diff, (0, more)).reshape(layer.shape))
+
+
+def fitted(update: AdapterLayer, base: Base, engine: Engine = CPU) -> AdapterLayer | None:
+    """Return an update of an input layer as one of that of a base which reads more channels, or fewer.
+
+    The channels that both read take it. An update that needs the weight gets that of the base.
+
+    Args:
+        update: An update of any kind but LoRA-X, by the name that the layer has in the base.
+        base: The base.
+        engine: How and where to compute.
+
+    Returns:
+        The update; None where the layers are no such pair, or the weight is needed of channels that the base lacks.
+    """
+    layer = base.layers.get(update.layer.name)
+    channels = 0 if layer is None else shared_channels(base, base, update.layer, layer)
+    if layer is None or not channels:
+        return None
+    if channels == update.layer.shape[1]:
+        return widen(cut(update, first_channels(base, layer, channels), channels, engine), layer)
+    if update.needs_weight:
+        return None
+    return cut(update, Base(base.name, base.family, LayerTable([update.layer]), base.read), channels, engine)
 
 
 def _of(layer: Layer, channels: int) -> Layer:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...lorax.adapters import Adapter, AdapterLayer, FouraLayer, LoraLayer, LoraXLayer, VectorLayer
 from ...lorax.errors import MismatchError
 from ...lorax.models.base import Base
+from ...lorax.transfer.widened import fitted
 from .models import UNET, Key, model_key, open_model
 from .types import Clip, Model
 
@@ -21,7 +22,8 @@ def apply_adapter(
 ) -> tuple[Model, Clip | None, list[str]]:
     """Return copies of MODEL and CLIP with the adapter as patches of the host's own kind.
 
-    Strengths add up with other LoRA nodes, saving bakes the patches, unloading takes them off.
+    Strengths add up with other LoRA nodes, saving bakes the patches, unloading takes them off. Of an input layer that
+    reads more channels than that of the adapter, or fewer, those that both read take the update.
 
     Args:
         model: MODEL.
@@ -41,6 +43,8 @@ def apply_adapter(
     missing: list[str] = []
     for name, update in adapter.resolved(base).layers.items():
         key = _patched_key(base, update)
+        if key is None and not isinstance(update, LoraXLayer) and (part := fitted(update, base)):
+            update, key = part, _patched_key(base, part)
         if key is None:
             missing.append(name)
             continue
