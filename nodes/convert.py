@@ -15,7 +15,7 @@ from ..lorax.models.base import Base
 from ..lorax.transfer.report import WEAK
 from . import host
 from .host import io
-from .types import CATEGORY, AdapterPort, rank_input
+from .types import CATEGORY, AdapterPort, node_schema, rank_input
 
 # Adapter -> (state of the model, what became of the adapter on it): changing the strength never decomposes again.
 _remembered: WeakKeyDictionary[Adapter, tuple[object, Adapter]] = WeakKeyDictionary()
@@ -27,10 +27,11 @@ class LoraXConvert(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
-        return io.Schema(
+        return node_schema(
             node_id="LoraXConvert",
             display_name="Convert to LoRA-X",
             category=CATEGORY,
+            search_aliases=["lora to lora-x", "project lora", "shrink lora", "compress lora"],
             description="Projects an ordinary LoRA onto its own base model: only changes of singular values are left.",
             inputs=[
                 AdapterPort.Input("adapter", tooltip="From the LoRA-X Loader."),

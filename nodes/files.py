@@ -9,7 +9,7 @@ from ..lorax.errors import OptionError, OutputError
 from . import host
 from .convert import as_lora, has_lora_x
 from .host import io
-from .types import CATEGORY, SHOWN_AGAIN, AdapterPort
+from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, node_schema
 
 FORMS = ("LoRA, kohya names", "LoRA, diffusers names", "LoRA-X")
 
@@ -22,10 +22,11 @@ class LoraXLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
-        return io.Schema(
+        return node_schema(
             node_id="LoraXLoader",
             display_name="LoRA-X Loader",
             category=CATEGORY,
+            search_aliases=["load lora file", "inspect lora", "lora info", "load lora-x"],
             description="Reads a LoRA or LoRA-X file so that it can be moved to another base model.",
             inputs=[
                 io.Combo.Input(
@@ -63,10 +64,11 @@ class LoraXSave(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
-        return io.Schema(
+        return node_schema(
             node_id="LoraXSave",
             display_name="Save LoRA-X",
             category=CATEGORY,
+            search_aliases=["export lora", "save lora", "write lora file", "lora to kohya", "lora to diffusers"],
             description="Writes an adapter as a file that every LoRA loader reads, or as LoRA-X. Never over another file.",
             inputs=[
                 AdapterPort.Input("adapter", tooltip="The adapter to write."),

@@ -17,7 +17,7 @@ from ..lorax.show.pictures import similarity_picture
 from ..lorax.show.view import similarity_view
 from . import host
 from .host import io
-from .types import CATEGORY, SimilarityPort, cache_input
+from .types import CATEGORY, SimilarityPort, cache_input, node_schema
 
 LAYERS = ("attention", "all")
 
@@ -28,10 +28,18 @@ class LoraXSimilarity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
-        return io.Schema(
+        return node_schema(
             node_id="LoraXSimilarity",
             display_name="Subspace Similarity",
             category=CATEGORY,
+            search_aliases=[
+                "compare models",
+                "compare checkpoints",
+                "compare base models",
+                "model similarity",
+                "difference of models",
+            ],
+            advanced=["rank", "cache"],
             description="Compares every layer of one model with every layer of its kind of another. Bright: the same subspace.",
             inputs=[
                 io.Model.Input("source", tooltip="The base model that an adapter was made for."),

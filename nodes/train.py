@@ -20,7 +20,7 @@ from ..lorax.show.pictures import loss_picture
 from ..lorax.train import LoraXLayers, attach, thinned, train
 from . import host
 from .host import io
-from .types import CATEGORY, AdapterPort, rank_input
+from .types import CATEGORY, AdapterPort, node_schema, rank_input
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EVENT, POINTS, SECONDS = "lorax.loss", 500, 0.3
@@ -32,10 +32,12 @@ class LoraXTrain(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
-        return io.Schema(
+        return node_schema(
             node_id="LoraXTrain",
             display_name="Train LoRA-X",
             category=CATEGORY,
+            search_aliases=["train lora", "lora training", "finetune lora", "fine-tune on pictures"],
+            advanced=["grad_accumulation_steps", "training_dtype", "gradient_checkpointing"],
             description="Trains a LoRA-X on pictures: the leading singular values of the model's attention layers learn, "
             "nothing else. The result fits this very model; LoRA-X Transfer moves it to others.",
             is_input_list=True,

@@ -10,7 +10,7 @@ from ..lorax.transfer.run import transfer_adapter
 from . import host
 from .convert import remembered_as_lora
 from .host import io
-from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, SimilarityPort, cache_input, rank_input
+from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, SimilarityPort, cache_input, node_schema, rank_input
 
 
 class LoraXTransfer(io.ComfyNode):
@@ -19,10 +19,21 @@ class LoraXTransfer(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
-        return io.Schema(
+        return node_schema(
             node_id="LoraXTransfer",
             display_name="LoRA-X Transfer",
             category=CATEGORY,
+            search_aliases=[
+                "convert lora sd15 to sdxl",
+                "convert lora to flux",
+                "convert sdxl lora to pony",
+                "migrate lora",
+                "move lora",
+                "port lora",
+                "lora for another model",
+                "lora to other checkpoint",
+            ],
+            advanced=["rank", "matching", "dora", "cache"],
             description="Moves an adapter from the base model it was made for to another, without training. Reports what "
             "arrived before anything is sampled.",
             inputs=[
@@ -136,10 +147,11 @@ class LoraXApply(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to the host."""
-        return io.Schema(
+        return node_schema(
             node_id="LoraXApply",
             display_name="Apply Transferred LoRA-X",
             category=CATEGORY,
+            search_aliases=["apply moved lora", "patch model with adapter"],
             description="Patches a model with an adapter, as LoRA loaders do: strengths add up, saving bakes it.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the adapter now fits."),

@@ -1,4 +1,7 @@
-"""The sockets that are ours."""
+"""The sockets that are ours, and what several nodes say of themselves."""
+
+from collections.abc import Container
+from typing import Any
 
 from ..lorax.options import RANK
 from .host import io
@@ -10,6 +13,23 @@ SHOWN_AGAIN = True
 
 AdapterPort = io.Custom("LORAX_ADAPTER")
 SimilarityPort = io.Custom("LORAX_SIMILARITY")
+
+
+def node_schema(*, search_aliases: list[str], advanced: Container[str] = (), **described: Any) -> io.Schema:
+    """Return what a node says of itself.
+
+    Args:
+        search_aliases: By what else the front end's search finds it. It looks for each word of a search in one alias, near
+            its beginning.
+        advanced: The widgets that the front end folds away.
+        described: All else that `io.Schema` takes. It knows neither of these two in older hosts, which leave them alone.
+    """
+    schema = io.Schema(**described)
+    schema.search_aliases = search_aliases
+    for field in schema.inputs:
+        if field.id in advanced:
+            field.extra_dict["advanced"] = True
+    return schema
 
 
 def cache_input() -> object:

@@ -86,6 +86,26 @@ def test_every_node_is_there_and_says_what_its_sockets_are(info):
         assert all(described["output_tooltips"]), name
 
 
+FOLDED = {
+    "LoraXSimilarity": {"rank", "cache"},
+    "LoraXTransfer": {"rank", "matching", "dora", "cache"},
+    "LoraXTrain": {"grad_accumulation_steps", "training_dtype", "gradient_checkpointing"},
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_rarely_used_widgets_are_folded(info, name):
+    inputs = info[name]["input"].get("required", {}) | info[name]["input"].get("optional", {})
+    assert {key for key, spec in inputs.items() if spec[1].get("advanced")} == FOLDED.get(name, set())
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_host_that_takes_other_words_for_a_node_gets_them(info, name):
+    if "search_aliases" not in info["LoraLoader"]:
+        pytest.skip("this host takes none")
+    assert info[name]["search_aliases"]
+
+
 def test_the_pack_loads_at_once(host):
     (seconds,) = re.findall(r"([\d.]+) seconds: \S*comfyui-lora-x", host.log.read_text())
     assert float(seconds) < 0.5  # idle 0.1; printed with one decimal, and this machine may be busy
