@@ -157,6 +157,11 @@ MODELS = {
         {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 16}
         | {"num_attention_heads": 2, "joint_attention_dim": 96},
     ),
+    "krea2": (
+        "Krea2",
+        {"image_model": "krea2", "features": 128, "heads": 4, "kvheads": 1, "channels": 16, "layers": 2, "tdim": 64}
+        | {"txtdim": 64, "txtheads": 2, "txtkvheads": 2, "txtlayers": 3},
+    ),
     "wan": ("WAN21_T2V", WAN),
     "wan of images": ("WAN21_I2V", WAN | {"model_type": "i2v", "in_dim": 36}),
     "wan VACE": ("WAN21_Vace", WAN | {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),

@@ -51,7 +51,7 @@ def host(request):
 
 
 NAMES = ["sd1", "sd2", "sdxl", "sdxl SSD-1B", "sdxl KOALA-700M", "sd3", "flux", "flux2", "chroma", "anima", "ltx"]
-NAMES += ["ltx LTX-2", "lumina2", "z_image", "qwen_image", "wan", "wan of images", "wan VACE", "hunyuan_video"]
+NAMES += ["ltx LTX-2", "lumina2", "z_image", "qwen_image", "krea2", "wan", "wan of images", "wan VACE", "hunyuan_video"]
 NAMES += ["hunyuan_video_15"]
 
 
