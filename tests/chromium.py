@@ -30,10 +30,15 @@ def watched(browser, **options):
     """Open a page that remembers in `errors` and `requests` what went wrong and what was asked for."""
     page = browser.new_context(**options).new_page()
     page.errors, page.requests = [], []
-    page.on("console", lambda said: page.errors.append(said.text) if said.type == "error" else None)
+    page.on("console", lambda said: page.errors.append(_with_place(said)) if said.type == "error" else None)
     page.on("pageerror", lambda error: page.errors.append(error.stack or str(error)))
     page.on("request", lambda request: page.requests.append(request.url))
     return page
+
+
+def _with_place(said):
+    """What a console message says, and of which file: a file that is not there is named by its place only."""
+    return f"{said.text} ({said.location['url']})"
 
 
 def picture(page, name, **options):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import time
 import urllib.error
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ os.environ["LORAX_CACHE"] = "off"
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / ".venv" / "notcomfy"
+# A folder with another front end than the one that the checkout's Python has: `--front-end-root`.
+FRONT_END = os.environ.get("COMFYUI_FRONT_END")
 
 
 def comfyui() -> tuple[Path, Path] | None:
@@ -36,13 +39,23 @@ def comfyui_gguf() -> Path | None:
     return found if (found / "loader.py").is_file() else None
 
 
+def front_end_version(python: Path) -> str:
+    """Return the version of the front end that the server gives to a browser, as its package says it."""
+    if FRONT_END:
+        packages = metadata.distributions(name="comfyui-frontend-package", path=[str(Path(FRONT_END).parents[1])])
+        return f"{next((one.version for one in packages), 'of unknown version')} at {FRONT_END}"
+    show = "from importlib.metadata import version; print(version('comfyui-frontend-package'))"
+    return subprocess.check_output([python, "-c", show], text=True).strip()
+
+
 def pytest_report_header() -> list[str]:
     found = comfyui()
     version = "not found (set COMFYUI_PATH and COMFYUI_PYTHON): that tier is skipped"
     if found:
         show = "from comfyui_version import __version__ as v; print(v)"
         version = (
-            f"{subprocess.check_output([found[1], '-c', show], cwd=found[0], text=True).strip()} at {found[0].name}"
+            f"{subprocess.check_output([found[1], '-c', show], cwd=found[0], text=True).strip()} at {found[0].name}, "
+            f"front end {front_end_version(found[1])}"
         )
     return [f"host library: {'notcomfy 0.1.0' if LIBRARY.is_dir() else 'not installed'}", f"real ComfyUI: {version}"]
 
@@ -84,6 +97,7 @@ def host(real_host, tmp_path_factory):
     log = base / "log.txt"
     words = ["main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
     words += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
+    words += ["--front-end-root", FRONT_END] if FRONT_END else []
     with log.open("w") as out:
         server = subprocess.Popen([python, *words], cwd=path, stdout=out, stderr=subprocess.STDOUT)
     found = Host(f"http://127.0.0.1:{port}", log)

@@ -19,7 +19,6 @@ from front_end import (
     nothing_wrong,
     queue,
     threshold_widget,
-    vue_nodes,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -38,8 +37,6 @@ def cells(page):
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_the_view_appears_and_comes_back_from_the_file(host, browser, vue):
-    if vue:
-        vue_nodes(host)
     size = [len(blocks_of(host, name)) for name in ("sd15-base", "sd15-tuned")]
     with front_end(host, browser, vue) as page:
         drop(page, graph(rank=90 + vue))
@@ -65,8 +62,6 @@ def test_the_view_appears_and_comes_back_from_the_file(host, browser, vue):
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_the_dragged_threshold_is_what_the_next_queue_uses(host, browser, vue):
-    if vue:
-        vue_nodes(host)
     with front_end(host, browser, vue) as page:
         compared(page, graph(rank=80 + vue))
         slider = page.locator(".lorax-similarity input[type=range]")
@@ -297,8 +292,6 @@ def hostile(kept):
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_a_hostile_workflow_harms_no_other_node(host, browser, vue):
-    if vue:
-        vue_nodes(host)
     with front_end(host, browser, vue) as page:
         for kept in HOSTILE:
             drop(page, hostile(kept))
@@ -322,8 +315,6 @@ MARKUP = (
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_names_from_a_file_are_shown_as_they_are_and_nothing_is_fetched(host, browser, vue):
     """The text on a running node, which one canvas takes for HTML and the other for Markdown; and an error."""
-    if vue:
-        vue_nodes(host)
     lora = {f"lora_unet_x.lora_{side}.weight": torch.ones(2, 2) for side in ("up", "down")}
     save_file({MARKUP: torch.ones(1)} | lora, host.base / "models/loras/markup.safetensors")
     (host.base / "models/loras/wrong.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0" + MARKUP.encode())

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from chromium import overlaps, picture
-from front_end import build, drop, front_end, kept, nothing_wrong, queue, vue_nodes
+from front_end import build, drop, front_end, kept, nothing_wrong, queue
 
 BASE, TUNED = ({"ckpt_name": f"sd15-{name}.safetensors"} for name in ("base", "tuned"))
 # Load, convert and save an adapter, and apply it to its own model.
@@ -34,8 +34,6 @@ ARRIVED = ".lorax-report .lorax-figure b >> nth=0"
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_what_nodes_say_stays_and_comes_back_from_the_file(host, browser, vue):
-    if vue:
-        vue_nodes(host)
     with front_end(host, browser, vue) as page:
         build(page, *SAYING)
         assert page.locator(".lorax-text .lorax-message").count() == 4
@@ -87,8 +85,6 @@ SHOWN = ".lorax-notice:visible"
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_a_view_says_that_its_node_works_and_what_went_wrong(host, browser, vue):
-    if vue:
-        vue_nodes(host)
     (host.base / "models/loras/wrong.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0<b>no JSON</b>")
     with front_end(host, browser, vue) as page:
         compare = (
