@@ -2,7 +2,7 @@
 
 import pytest
 from chromium import picture
-from front_end import build, front_end, vue_nodes
+from front_end import build, front_end
 
 SEARCHES = [
     ("convert lora sdxl", "LoRA-X Transfer"),
@@ -39,7 +39,6 @@ def test_the_search_finds_the_nodes(host, browser):
 
 
 def test_rarely_used_widgets_are_shown_on_request(host, browser):
-    vue_nodes(host)
     with front_end(host, browser, vue=True) as page:
         build(page, ["LoraXTransfer", [100, 60], {}, {}])
         node = page.locator("[data-node-id]")
