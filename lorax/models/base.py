@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FormatError, NumericsError
-from .basefiles import ADAPTER_KEY, Stored, Tensors, open_components
+from .basefiles import ADAPTER_KEY, UNQUANTISED, Stored, Tensors, open_components
 from .families import UNKNOWN, families, recognise
 from .family import Family, Shapes
 from .layers import MAIN, Layer, LayerTable, Rows, is_swapped
@@ -242,8 +242,7 @@ def check_numbers(weight: Tensor, shape: tuple[int, ...], name: str) -> None:
     if tuple(weight.shape) != shape or not weight.is_floating_point():
         got = f"{name} is {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
         got += "" if tuple(weight.shape) == shape else f", not {list(shape)}"
-        fix = "load the model in fp32, fp16, bf16, fp8 or GGUF"
-        raise FormatError("a weight that cannot be read as numbers", got, fix)
+        raise FormatError("a weight that cannot be read as numbers", got, UNQUANTISED)
 
 
 def module_base(model: Module, name: str = "model") -> Base:

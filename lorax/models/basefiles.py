@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,7 @@ QUANTISED = {
 }
 # Of a module whose weight is quantised by SDNQ; by itself it may be that of a norm.
 SDNQ = "scale"
-UNQUANTISED = "give the model in fp32, fp16, bf16 or plain or scaled fp8"
+UNQUANTISED = "give the model in fp32, fp16, bf16, plain or scaled fp8, or GGUF"
 # The ends of the names of files that are read; of those in a folder the first are taken.
 KINDS = (".safetensors", ".gguf")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -135,6 +135,14 @@ def is_adapter(file: TensorFile) -> bool:
     return any(ADAPTER_KEY.search(key) for key in file.entries) and not _quantised(file)
 
 
+def quantised_name(names: Collection[str]) -> str:
+    """Return a name that only parameters of a quantised model have, and how that is quantised; empty: there is none."""
+    for kind, pattern in QUANTISED.items():
+        if name := next(filter(pattern.search, names), ""):
+            return f"{name}, {kind}"
+    return ""
+
+
 def _tensors(folder: Path, files: Files) -> Tensors:
     """Return the tensors of a model by name, in natural order, whichever file each lies in."""
     missing = [name for name in files if not os.path.isfile(folder / name)]
@@ -157,9 +165,8 @@ def _quantised(file: TensorFile) -> str:
     """Return how the weights of a file are quantised, with a key; empty: they are not, or in a way that is read."""
     if isinstance(file, GgufFile):
         return ""
-    for kind, pattern in QUANTISED.items():
-        if key := next(filter(pattern.search, file.entries), ""):
-            return f"{key}, {kind}"
+    if found := quantised_name(file.entries):
+        return found
     for key, entry in file.entries.items():
         if key.endswith(".weight") and len(entry.shape) > 1:
             if entry.dtype not in DTYPES:

@@ -12,7 +12,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...lorax.errors import FormatError
 from ...lorax.models.base import Base, check_numbers, loaded_base
+from ...lorax.models.basefiles import UNQUANTISED, quantised_name
 from ...lorax.models.layers import Layer
 from .types import Clip, Model
 
@@ -120,13 +122,14 @@ def _spellings(model: Model) -> dict[str, tuple[str, tuple[int, int] | None]]:
 
 def _parameters(patcher: Model, prefix: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of each parameter; it is one of numbers, or one that tells how many numbers it stands for."""
-    found: dict[str, tuple[int, ...]] = {}
-    for name, value in patcher.model.named_parameters():
-        if name.startswith(prefix):
-            found[name.removeprefix(prefix)] = shape = tuple(value.shape)
-            if name.endswith(".weight") and not _is_quantised(value) and not _is_gguf(value):
-                check_numbers(value, shape, name)
-    return found
+    held = {name: value for name, value in patcher.model.named_parameters() if name.startswith(prefix)}
+    read = {name.rpartition(".")[0] for name, value in held.items() if _is_quantised(value) or _is_gguf(value)}
+    for name, value in held.items():
+        if name.endswith(".weight") and name.rpartition(".")[0] not in read:
+            check_numbers(value, tuple(value.shape), name)
+    if odd := quantised_name([name for name in held if name.rpartition(".")[0] not in read]):
+        raise FormatError("quantised weights are not read", odd, UNQUANTISED)
+    return {name.removeprefix(prefix): tuple(value.shape) for name, value in held.items()}
 
 
 def _is_quantised(weight: Tensor) -> bool:

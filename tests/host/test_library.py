@@ -237,10 +237,21 @@ def test_a_weight_that_is_no_numbers_is_named_with_what_to_do(pack, model, lora,
     module = model.model.diffusion_model.get_submodule(layer.original)
     shape = (layer.shape[0] * layer.shape[1] // 2, 1) if packed == torch.uint8 else layer.shape
     module.weight = torch.nn.Parameter(torch.zeros(shape, dtype=packed), requires_grad=False)
-    words = f"{layer.original}.weight is {str(packed)[6:]} [{shape[0]}, {shape[1]}]; load the model in fp32, fp16"
+    words = f"{layer.original}.weight is {str(packed)[6:]} [{shape[0]}, {shape[1]}]; give the model in fp32, fp16"
     for work in (pack.host.open_model, lambda model: pack.host.apply_adapter(model, None, adapter, 1.0)):
         with pytest.raises(pack.lorax.FormatError, match=re.escape(words)):
             work(model)
+
+
+def test_a_model_that_keeps_its_weights_under_other_names_is_named_with_what_to_do(pack, model):
+    """As nunchaku's layers do."""
+    layer = next(layer for layer in pack.host.open_model(model).layers.values() if layer.path.endswith("to_q"))
+    module = model.model.diffusion_model.get_submodule(layer.original)
+    del module.weight
+    module.qweight = torch.nn.Parameter(torch.zeros(320, 160, dtype=torch.int8), requires_grad=False)
+    module.wscales = torch.nn.Parameter(torch.ones(5, 320), requires_grad=False)
+    with pytest.raises(pack.lorax.FormatError, match=rf"quantised.*{layer.original}\.(wscales|qweight), .*fp16"):
+        pack.host.open_model(model)
 
 
 KINDS = ["kohya", "diffusers by kohya", "transferred", "lora-x"]
