@@ -25,7 +25,7 @@ comfy.options.enable_args_parsing()
 try:
     import comfy.quant_ops
 except ImportError:
-    print("{}")
+    sys.stdout.write("{}")
     sys.exit()
 import comfy.sd
 import torch
