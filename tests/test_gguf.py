@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from lorax import FileError, FormatError, TransferOptions, load_adapter, open_base, transfer_adapter
 from lorax.files.ggufile import GgufFile
+from lorax.files.tensorfile import DIMENSIONS, HEADER_BYTES, NAME_CHARACTERS, NUMBERS, TENSORS
 from lorax.inspect import describe
 from lorax.models.families import families
 from reliability.__main__ import attack
@@ -73,6 +74,17 @@ def test_a_file_of_half_precision_is_the_base_that_its_safetensors_file_is(tmp_p
     assert dict(ours.layers) == dict(theirs.layers)
     assert all(ours.digest(name) == theirs.digest(name) for name in theirs.layers)
     assert describe(tmp_path / "a.gguf") | {"file": ""} == describe(tmp_path / "a.safetensors") | {"file": ""}
+
+
+@pytest.mark.parametrize("name", ["wan", "sd3", "qwen_image"])
+def test_other_families_and_convolutions_of_three_dimensions(tmp_path, name):
+    tensors = {key: weight.half() for key, weight in original(families()[name], model_of(name)).items()}
+    write_gguf(tensors, tmp_path / "a.gguf", name, gguf.GGMLQuantizationType.F16)
+    save_file(tensors, tmp_path / "a.safetensors")
+    ours, theirs = open_base(tmp_path / "a.gguf"), open_base(tmp_path / "a.safetensors")
+    assert ours.family.name == name
+    assert dict(ours.layers) == dict(theirs.layers)
+    assert ours.identity() == theirs.identity()
 
 
 def test_half_precision_needs_no_package_and_the_rest_says_which(tmp_path, monkeypatch):
@@ -183,6 +195,44 @@ def test_a_damaged_header_gives_a_model_or_a_clear_error_soon(tmp_path):
     tally.check()
     assert tally.errors
     assert tally.results
+
+
+def header(fields=b"", tensors=b"", count=1, name=b"x.weight", sizes=(2, 2), kind=0, offset=0):
+    """A GGUF file of one tensor of float32, or what a header may say instead."""
+
+    def number(value, size=8):
+        return value.to_bytes(size, "little")
+
+    text = number(len(name)) + name + number(len(sizes), 4) + b"".join(map(number, sizes)) + number(kind, 4)
+    start = b"GGUF" + number(3, 4) + number(count) + number(1 if fields else 0) + fields
+    found = start + (tensors or text + number(offset))
+    return found + bytes(-len(found) % 32) + bytes(64)
+
+
+STRING = (5).to_bytes(8, "little") + b"a.key" + (8).to_bytes(4, "little")
+LIMITS = {
+    "tensors": (header(count=TENSORS + 1), f"more than {TENSORS} tensors"),
+    "name": (header(name=b"x" * (NAME_CHARACTERS + 1)), f"more than {NAME_CHARACTERS} characters"),
+    "dimensions": (header(sizes=(1,) * (DIMENSIONS + 1)), f"more than {DIMENSIONS} dimensions"),
+    "numbers": (header(sizes=(0, NUMBERS + 1)), "larger than any model"),
+    "metadata": (header(STRING + (HEADER_BYTES + 1).to_bytes(8, "little")), "header is too large"),
+    "a type of tomorrow": (header(kind=999), "does not know.*upgrade"),
+    "metadata of a type of tomorrow": (header(STRING[:-4] + b"\x63\0\0\0"), "damaged GGUF.*type 99"),
+    "data outside": (header(offset=2**40), "damaged GGUF.*not whole"),
+    "a name twice": (header(count=2, tensors=header()[24:72] * 2), "damaged GGUF.*twice"),
+    "version 1": (b"GGUF\1" + header()[5:], "damaged GGUF.*version 2 or 3"),
+    "big-endian": (b"GGUF\0\0\0\3" + header()[8:], "damaged GGUF.*version 2 or 3"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), LIMITS.values(), ids=LIMITS)
+def test_limits_of_a_header(tmp_path, content, words):
+    (tmp_path / "sound.gguf").write_bytes(header())
+    assert GgufFile(tmp_path / "sound.gguf").tensor("x.weight").shape == (2, 2)
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(FileError, match=words) as caught:
+        GgufFile(tmp_path / "a.gguf")
+    assert len(str(caught.value)) < 1000
 
 
 def test_an_adapter_in_gguf_says_what_is_wanted(tmp_path):
