@@ -15,7 +15,7 @@ from ..lorax.models.base import Base
 from ..lorax.transfer.report import WEAK
 from . import host
 from .host import io
-from .types import CATEGORY, AdapterPort, node_schema, rank_input
+from .types import CATEGORY, AdapterPort, base_input, node_schema, rank_input
 
 # Adapter -> (state of the model, what became of the adapter on it): changing the strength never decomposes again.
 _remembered: WeakKeyDictionary[Adapter, tuple[object, Adapter]] = WeakKeyDictionary()
@@ -35,7 +35,7 @@ class LoraXConvert(io.ComfyNode):
             description="Projects an ordinary LoRA onto its own base model: only changes of singular values are left.",
             inputs=[
                 AdapterPort.Input("adapter", tooltip="From the LoRA-X Loader."),
-                io.Model.Input("source", tooltip="The base model that the adapter was made for."),
+                base_input("source", "The base model that the adapter was made for."),
                 rank_input("Singular values that may move in each layer."),
                 io.Clip.Input("source_clip", optional=True, tooltip="Its text encoder, to convert those layers too."),
             ],
@@ -49,7 +49,7 @@ class LoraXConvert(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, adapter: Adapter, source: host.Model, rank: int, source_clip: host.Clip | None = None
+        cls, adapter: Adapter, source: host.Model | Base, rank: int, source_clip: host.Clip | None = None
     ) -> io.NodeOutput:
         """Project it."""
         base = host.open_model(source, source_clip, host.file_of(cls.hidden, "source"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from ..lorax.adapters import Adapter, load_adapter, save_adapter
 from ..lorax.errors import OptionError, OutputError
+from ..lorax.models.base import Base
 from . import host
 from .convert import as_lora, has_lora_x
 from .host import io
-from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, node_schema
+from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, base_input, node_schema
 
 FORMS = ("LoRA, kohya names", "LoRA, diffusers names", "LoRA-X")
 
@@ -47,8 +46,7 @@ class LoraXLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str) -> str:
         """Read the file again when it changed."""
-        state = os.stat(host.adapter_path(lora_name))
-        return f"{state.st_mtime_ns}:{state.st_size}"
+        return host.file_state(host.adapter_path(lora_name))
 
     @classmethod
     def execute(cls, lora_name: str) -> io.NodeOutput:
@@ -87,10 +85,10 @@ class LoraXSave(io.ComfyNode):
                 io.Combo.Input(
                     "folder", options=["loras", "output"], default="loras", tooltip="The host's folder to write below."
                 ),
-                io.Model.Input(
+                base_input(
                     "model",
+                    "The adapter's own base model; needed only to write a LoRA-X adapter as a LoRA.",
                     optional=True,
-                    tooltip="The adapter's own base model; needed only to write a LoRA-X adapter as a LoRA.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the file was written.")],
@@ -110,7 +108,7 @@ class LoraXSave(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, adapter: Adapter, filename_prefix: str, form: str, folder: str, model: host.Model | None = None
+        cls, adapter: Adapter, filename_prefix: str, form: str, folder: str, model: host.Model | Base | None = None
     ) -> io.NodeOutput:
         """Write it."""
         if form not in FORMS:

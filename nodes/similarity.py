@@ -17,7 +17,7 @@ from ..lorax.show.pictures import similarity_picture
 from ..lorax.show.view import similarity_view
 from . import host
 from .host import io
-from .types import CATEGORY, SimilarityPort, cache_input, node_schema
+from .types import CATEGORY, SimilarityPort, base_input, cache_input, node_schema
 
 LAYERS = ("attention", "all")
 
@@ -42,8 +42,8 @@ class LoraXSimilarity(io.ComfyNode):
             advanced=["rank", "cache"],
             description="Compares every layer of one model with every layer of its kind of another. Bright: the same subspace.",
             inputs=[
-                io.Model.Input("source", tooltip="The base model that an adapter was made for."),
-                io.Model.Input("target", tooltip="The base model that it shall move to."),
+                base_input("source", "The base model that an adapter was made for."),
+                base_input("target", "The base model that it shall move to."),
                 io.Int.Input(
                     "rank",
                     default=0,
@@ -72,7 +72,7 @@ class LoraXSimilarity(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, source: host.Model, target: host.Model, rank: int, layers: str, cache: bool = True
+        cls, source: host.Model | Base, target: host.Model | Base, rank: int, layers: str, cache: bool = True
     ) -> io.NodeOutput:
         """Compare them."""
         base_s = host.open_model(source, name=host.file_of(cls.hidden, "source"))

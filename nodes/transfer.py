@@ -5,12 +5,26 @@ from __future__ import annotations
 from ..lorax.adapters import Adapter
 from ..lorax.checks import highest_rank
 from ..lorax.compare.similarity import Similarity
+from ..lorax.models.base import Base
 from ..lorax.options import DEFAULTS, Dora, Matching, Method
+from ..lorax.transfer.report import TransferReport
 from ..lorax.transfer.run import transfer_adapter
 from . import host
 from .convert import remembered_as_lora
 from .host import io
-from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, SimilarityPort, cache_input, node_schema, rank_input
+from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, SimilarityPort, base_input, cache_input, node_schema, rank_input
+
+# What users who have a LoRA of another base look for.
+SEARCHED = [
+    "convert lora sd15 to sdxl",
+    "convert lora to flux",
+    "convert sdxl lora to pony",
+    "migrate lora",
+    "move lora",
+    "port lora",
+    "lora for another model",
+    "lora to other checkpoint",
+]
 
 
 class LoraXTransfer(io.ComfyNode):
@@ -23,23 +37,14 @@ class LoraXTransfer(io.ComfyNode):
             node_id="LoraXTransfer",
             display_name="LoRA-X Transfer",
             category=CATEGORY,
-            search_aliases=[
-                "convert lora sd15 to sdxl",
-                "convert lora to flux",
-                "convert sdxl lora to pony",
-                "migrate lora",
-                "move lora",
-                "port lora",
-                "lora for another model",
-                "lora to other checkpoint",
-            ],
+            search_aliases=SEARCHED,
             advanced=["rank", "matching", "dora", "cache"],
             description="Moves an adapter from the base model it was made for to another, without training. Reports what "
             "arrived before anything is sampled.",
             inputs=[
                 AdapterPort.Input("adapter", tooltip="From the LoRA-X Loader."),
-                io.Model.Input("source", tooltip="The base model that the adapter was made for."),
-                io.Model.Input("target", tooltip="The base model that it shall work on."),
+                base_input("source", "The base model that the adapter was made for; Base from File saves its memory."),
+                base_input("target", "The base model that it shall work on."),
                 io.Combo.Input(
                     "method",
                     options=list(map(str, Method)),
@@ -101,8 +106,8 @@ class LoraXTransfer(io.ComfyNode):
     def execute(
         cls,
         adapter: Adapter,
-        source: host.Model,
-        target: host.Model,
+        source: host.Model | Base,
+        target: host.Model | Base,
         method: str,
         rank: int,
         threshold: float,
@@ -132,11 +137,15 @@ class LoraXTransfer(io.ComfyNode):
             len(adapter.layers),
             cache=cache,
         )
-        text = "\n".join(
-            [report.summary, *report.assignment.summary, *(f"warning: {warning}" for warning in report.warnings)]
-        )
+        text = summary(report)
         strength = report.suggested_strength or 1.0
         return io.NodeOutput(moved, text, strength, ui=host.shown(cls.hidden, text, lorax_report=report.to_json()))
+
+
+def summary(report: TransferReport) -> str:
+    """Return what a transfer did, in a few lines."""
+    lines = [report.summary, *report.assignment.summary, *(f"warning: {warning}" for warning in report.warnings)]
+    return "\n".join(lines)
 
 
 class LoraXApply(io.ComfyNode):

@@ -12,7 +12,13 @@ CATEGORY = "LoRA-X"
 SHOWN_AGAIN = True
 
 AdapterPort = io.Custom("LORAX_ADAPTER")
+BasePort = io.Custom("LORAX_BASE")
 SimilarityPort = io.Custom("LORAX_SIMILARITY")
+
+
+def base_input(name: str, tooltip: str, *, optional: bool = False) -> object:
+    """Return the input of a base model whose weights are only read: a MODEL, or a file that need not be loaded."""
+    return io.MultiType.Input(name, types=[io.Model, BasePort], tooltip=tooltip, optional=optional)
 
 
 def node_schema(*, search_aliases: list[str], advanced: Container[str] = (), **described: Any) -> io.Schema:

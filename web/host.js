@@ -16,6 +16,7 @@ import { say, speak } from "./texts.js";
 const KEPT = "lorax";
 const SIMILARITY = "LoraXSimilarity";
 const TRANSFER = "LoraXTransfer";
+const MOVE = "LoraXMove";
 const TRAIN = "LoraXTrain";
 const TEXT = "$$node-text-preview"; // the front end's widget for the text that a node sends while it runs
 const WAITING = 44; // height of a view that has nothing to show yet
@@ -49,8 +50,10 @@ const NODES = {
     work: "comparing",
   },
   [TRANSFER]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
+  [MOVE]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
   [TRAIN]: { key: "lorax_loss", height: 190, pack: (data) => data, attach: lossView },
   LoraXLoader: SAID,
+  LoraXBase: SAID,
   LoraXApply: SAID,
   LoraXConvert: SAID,
   LoraXSave: SAID,

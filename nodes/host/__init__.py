@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from .files import adapter_files, adapter_path, check_prefix, free_path
+from .files import adapter_files, adapter_path, base_files, base_path, check_prefix, file_state, free_path
 from .models import model_key, open_model, state_of, weight_of
+from .moved import apply_moved, without_moved
 from .patch import apply_adapter
 from .prompt import file_of
 from .run import as_text, compute, counted, send, show, shown
@@ -19,11 +20,15 @@ __all__ = [
     "adapter_files",
     "adapter_path",
     "apply_adapter",
+    "apply_moved",
     "as_text",
+    "base_files",
+    "base_path",
     "check_prefix",
     "compute",
     "counted",
     "file_of",
+    "file_state",
     "free_path",
     "model_key",
     "open_model",
@@ -33,6 +38,7 @@ __all__ = [
     "state_of",
     "training",
     "weight_of",
+    "without_moved",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Files of ComfyUI's folders: adapters to read, free names to write."""
+"""Files of ComfyUI's folders: adapters and base models to read, free names to write."""
 
 import os
 import posixpath
@@ -8,10 +8,15 @@ from pathlib import Path
 from ...lorax.errors import FormatError, OutputError
 from ...lorax.files import output
 from ...lorax.files.longpath import on_disk
+from ...lorax.files.tensorfile import natural_order
 
 # Of the name of a saved file: with a number and an ending its parts stay within the 255 bytes of file systems.
 NAME_BYTES = 200
 PREFIX_CHARACTERS = 1000
+# Where base models lie, and what their files are called.
+BASE_FOLDERS = ("checkpoints", "diffusion_models")
+BASE_ENDINGS = (".safetensors", ".sft", ".gguf")
+SHARD = re.compile(r"-(\d{5})-of-\d{5}\.\w+$")
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -28,12 +33,55 @@ def adapter_path(name: str) -> str:
     Raises:
         FormatError: There is no such file.
     """
+    return _path("loras", name)
+
+
+def base_files() -> list[str]:
+    """Return the base models in the host's folders, as `<folder>/<name>`: of a model in parts the first one.
+
+    Those that the host's own loaders never list are among them (GGUF), pickles are not.
+    """
     import folder_paths
 
-    path = folder_paths.get_full_path("loras", name)
+    found: dict[str, None] = {}
+    for folder in BASE_FOLDERS:
+        for root in folder_paths.get_folder_paths(folder):
+            for name in sorted(folder_paths.recursive_search(root, [".git"])[0], key=natural_order):
+                part = SHARD.search(name)
+                if name.lower().endswith(BASE_ENDINGS) and (part is None or int(part[1]) == 1):
+                    found[f"{folder}/{name}"] = None
+    return list(found)
+
+
+def base_path(name: str) -> str:
+    """Return the path of a base model that `base_files` names.
+
+    Raises:
+        FormatError: There is no such file.
+    """
+    folder, _, inside = name.partition("/")
+    return _path(folder, inside) if folder in BASE_FOLDERS else _path("checkpoints", name)
+
+
+def _path(folder: str, name: str) -> str:
+    """Return the path of a file in the host's folders of one kind.
+
+    Raises:
+        FormatError: There is no such file.
+    """
+    import folder_paths
+
+    path = folder_paths.get_full_path(folder, name)
     if path is None:
-        raise FormatError("no such file in the loras folders", name, "refresh the node list (R) and choose again")
+        got = f"{name} in {folder}"
+        raise FormatError("no such file in ComfyUI's models", got, "refresh the node list (R) and choose again")
     return path
+
+
+def file_state(path: str) -> str:
+    """Return what changes when a file is written again."""
+    state = os.stat(path)
+    return f"{state.st_mtime_ns}:{state.st_size}"
 
 
 def check_prefix(prefix: str) -> None:

@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...lorax.errors import FormatError
+from ...lorax.errors import FormatError, OptionError
 from ...lorax.models.base import Base, check_numbers, loaded_base
 from ...lorax.models.basefiles import UNQUANTISED, quantised_name
 from ...lorax.models.layers import Layer
@@ -58,8 +58,8 @@ def weight_of(patcher: Model, key: str) -> Tensor:
     return comfy.lora.calculate_weight(patches, weight, key, intermediate_dtype=torch.float32) if patches else weight
 
 
-def open_model(model: Model, clip: Clip | None = None, name: str | None = None) -> Base:
-    """Return a MODEL, and a CLIP if there is one, as a base whose weights are read one at a time.
+def open_model(model: Model | Base, clip: Clip | None = None, name: str | None = None) -> Base:
+    """Return a MODEL, and a CLIP if there is one, as a base whose weights are read one at a time; a base as it is.
 
     Its name is `name`; where that is not known, what the host calls models of its kind.
 
@@ -67,7 +67,13 @@ def open_model(model: Model, clip: Clip | None = None, name: str | None = None) 
 
     Raises:
         FormatError: A weight is quantised in a way that is not read.
+        OptionError: A CLIP beside a base from a file.
     """
+    if isinstance(model, Base):
+        if clip is not None:
+            message = "a CLIP beside a base from a file, which has the text encoders of its file"
+            raise OptionError(message, model.name, "disconnect the CLIP, or load the model")
+        return model
     name = name or type(getattr(model.model, "model_config", model.model)).__name__
     encoders = {kind: _text_modules(clip, prefix) for kind, prefix in TEXT_ENCODERS.items()} if clip is not None else {}
     weights = ModelWeights(model, clip)

@@ -20,14 +20,16 @@ class Model(Protocol):
         backup: The weights as they were before the patches, where these are in the model now.
         model_options: What the sampler gives to the model.
         load_device: Where it computes.
+        attachments: What others keep with it; copies have the same.
     """
 
     model: Any
-    patches: Mapping[str, Any]
+    patches: Mapping[str, Sequence[Any]]
     patches_uuid: UUID
     backup: Mapping[str, Any]
     model_options: Mapping[str, Any]
     load_device: torch.device
+    attachments: dict[str, Any]
 
     def clone(self) -> Model:
         """Return a copy with patches of its own."""

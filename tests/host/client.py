@@ -1,9 +1,11 @@
 """A client of ComfyUI's HTTP API, and what turns a workflow of its front end into a prompt."""
 
 import json
+import subprocess
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 from safetensors.torch import load as load_tensors
 
@@ -46,6 +48,16 @@ class Host:
 
     def run(self, prompt):
         return self.wait(self.queue(prompt))
+
+    def events(self, kind, prompt, python, out):
+        """Return the result of a prompt and the events of a kind that came meanwhile."""
+        words = [python, Path(__file__).with_name("listen.py"), self.url, "tester", kind, out]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline().strip() == "ready"
+            answer = self.post("/prompt", {"prompt": prompt, "client_id": "tester"})
+            result = self.wait(answer["prompt_id"])
+            process.wait(30)
+        return result, json.loads(Path(out).read_text())
 
 
 class Result:

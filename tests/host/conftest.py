@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from chromium import chromium
 from client import Host
+from prompts import sampling, transfer
 
 # The user's own cache is none of the tests' business.
 os.environ["LORAX_CACHE"] = "off"
@@ -125,3 +126,12 @@ def info(host):
 def browser():
     with chromium() as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def plain(host):
+    """The latents of the targets without an adapter."""
+    return {
+        target: host.run({"2": transfer(target=target)["2"], **sampling("2", target == "ssd-1b")}).latent()
+        for target in ("sd15-tuned", "sd15-base", "ssd-1b")
+    }

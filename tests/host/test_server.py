@@ -10,69 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from client import to_prompt
+from prompts import node, sampling, save, transfer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-NODES = ["LoraXLoader", "LoraXSimilarity", "LoraXTransfer", "LoraXApply", "LoraXConvert", "LoraXSave", "LoraXTrain"]
-
-
-def transfer(strength=1.0, family="sd15", method="auto", source=None, target=None, adapter=None, rank=320):
-    """A prompt that moves a LoRA, samples two steps with it, and saves it and the latent."""
-    xl = family == "sdxl"
-    source = source or ("sdxl-base" if xl else "sd15-base")
-    target = target or ("ssd-1b" if xl else "sd15-tuned")
-    load = {"adapter": ["3", 0], "source": ["1", 0], "target": ["2", 0]}
-    return {
-        "1": node("CheckpointLoaderSimple", ckpt_name=f"{source}.safetensors"),
-        "2": node("CheckpointLoaderSimple", ckpt_name=f"{target}.safetensors"),
-        "3": node("LoraXLoader", lora_name=f"{adapter or family + '-style'}.safetensors"),
-        "4": node("LoraXTransfer", method=method, rank=rank, threshold=0.0, **load),
-        "5": node("LoraXApply", model=["2", 0], adapter=["4", 0], strength=strength),
-        **sampling("5", xl),
-    }
-
-
-def sampling(model, xl=False):
-    return {
-        "10": node("LoraXTestConditioning", seed=5, width=2048 if xl else 768),
-        "11": node("ConditioningZeroOut", conditioning=["10", 0]),
-        "12": node("EmptyLatentImage", width=64, height=64, batch_size=1),
-        "13": node(
-            "KSampler",
-            model=[model, 0],
-            positive=["10", 0],
-            negative=["11", 0],
-            latent_image=["12", 0],
-            seed=1,
-            steps=2,
-            cfg=2.0,
-            sampler_name="euler",
-            scheduler="normal",
-            denoise=1.0,
-        ),
-        "14": node("SaveLatent", samples=["13", 0], filename_prefix="test/latent"),
-    }
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
-
-
-def save(**options):
-    return node(
-        "LoraXSave", **({"filename_prefix": "test/moved", "form": "LoRA, kohya names", "folder": "loras"} | options)
-    )
-
-
-@pytest.fixture(scope="session")
-def plain(host):
-    """The latents of the targets without an adapter."""
-    return {
-        target: host.run({"2": transfer(target=target)["2"], **sampling("2", target == "ssd-1b")}).latent()
-        for target in ("sd15-tuned", "sd15-base", "ssd-1b")
-    }
+NODES = [
+    "LoraXLoader",
+    "LoraXBase",
+    "LoraXSimilarity",
+    "LoraXTransfer",
+    "LoraXApply",
+    "LoraXMove",
+    "LoraXConvert",
+    "LoraXSave",
+    "LoraXTrain",
+]
 
 
 def test_every_node_is_there_and_says_what_its_sockets_are(info):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from prompts import node, sampling, save
 from safetensors.torch import load_file
-from test_server import node, sampling, save
 
 
 def training(sizes="8", family="sd15", **options):
@@ -122,16 +122,9 @@ def test_training_goes_on_from_an_adapter(host):
 
 
 def test_the_loss_comes_as_events(real_host, host, tmp_path):
-    _, python = real_host
-    out = tmp_path / "events.json"
-    listener = Path(__file__).with_name("listen.py")
-    with subprocess.Popen([python, listener, host.url, "tester", out], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline().strip() == "ready"
-        answer = host.post("/prompt", {"prompt": alone(training(steps=30, seed=11)), "client_id": "tester"})
-        result = host.wait(answer["prompt_id"])
-        assert result.ok, result.error
-        process.wait(30)
-    events = json.loads(out.read_text())
+    prompt = alone(training(steps=30, seed=11))
+    result, events = host.events("lorax.loss", prompt, real_host[1], tmp_path / "events.json")
+    assert result.ok, result.error
     assert events
     curve = losses(result)
     for event in events:
