@@ -1,7 +1,11 @@
 """Adapters with an input layer on models that read more channels, in a real ComfyUI server."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_server import node, sampling
 
@@ -65,3 +69,17 @@ def test_the_channels_that_both_read_take_the_update(host, checkpoints, name, ch
     found = load_file(saved)[KEY].float()
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4)
     assert torch.equal(found[:, 4:], weight[:, 4:])
+
+
+def test_so_do_fill_and_image_to_video(real_host, tmp_path):
+    """FLUX.1 Fill, and Wan and HunyuanVideo that read a first frame; small, of the host's own classes."""
+    path, python = real_host
+    subprocess.run([python, Path(__file__).with_name("apply_wide.py"), ROOT, tmp_path], cwd=path, check=True)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [file.stem for file in files] == ["fill", "hunyuan, image to video", "image to video"]
+    for file in files:
+        tensors = load_file(file)
+        weight, update = tensors["weight"].clone(), 0.5 * torch.tensordot(tensors["up"], tensors["down"], 1)
+        assert update.shape[1] < weight.shape[1]
+        weight[:, : update.shape[1]] += update
+        torch.testing.assert_close(tensors["patched"], weight, rtol=1e-5, atol=1e-5)
