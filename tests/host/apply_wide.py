@@ -1,4 +1,4 @@
-"""Run by the host's Python in the host's folder: LoRAs of input layers, applied by the pack where more channels are read.
+"""Run by the host's Python in the host's folder: LoRAs of input layers, applied by the pack to models of more channels.
 
     python apply_wide.py PACK OUT
 
