@@ -3,6 +3,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { isOld, keep, keptOf, remember, typeIn } from "./kept.js";
 import { lossView } from "./loss_view.js";
 import { noticeOf } from "./notice.js";
 import { keptShares, readReport } from "./report_data.js";
@@ -12,8 +13,6 @@ import { similarityView } from "./similarity_view.js";
 import { textView } from "./text_view.js";
 import { say, speak } from "./texts.js";
 
-// The property of a node that holds `{data, state, inputs}`, the last what the widgets were; the workflow file has it.
-const KEPT = "lorax";
 const SIMILARITY = "LoraXSimilarity";
 const TRANSFER = "LoraXTransfer";
 const MOVE = "LoraXMove";
@@ -21,6 +20,8 @@ const TRAIN = "LoraXTrain";
 const TEXT = "$$node-text-preview"; // the front end's widget for the text that a node sends while it runs
 const WAITING = 44; // height of a view that has nothing to show yet
 const WRONG = 110; // and of one that has nothing to show but an error
+
+/** @import { Kept } from "./kept.js" */
 
 /**
  * The view of a node. One that depends on other nodes follows them: their thresholds (`follow`), or their reports too.
@@ -64,24 +65,12 @@ const views = new WeakMap();
 const notices = new WeakMap();
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let telling; // the timer of `tellSoon`
-
-/**
- * Return what the workflow file keeps of a view, whatever its author put there.
- * @param {HostNode} node
- */
-function keptOf(node) {
-  const kept = /** @type {Record<"data" | "state" | "inputs", unknown>} */ (node.properties[KEPT] ?? {});
-  const { data, state, inputs } = kept;
-  return { data, state, inputs };
-}
-
-/**
- * @param {HostNode} node
- * @param {{ data?: unknown, state?: unknown, inputs?: unknown }} values
- */
-function keep(node, values) {
-  node.properties[KEPT] = { ...keptOf(node), ...values };
-}
+/** @type {Map<unknown, HostWorkflow | null | undefined>} */
+const owners = new Map(); // id of a prompt -> the workflow that it came from, which need not be shown any more
+/** @type {HostWorkflow | null | undefined} */
+let asking; // the workflow whose prompt is on its way to the server: word of it may come before its id
+/** @type {unknown} */
+let running; // id of the prompt that runs
 
 /**
  * Do something with the view of a node; where that fails the view says so, and the graph goes on.
@@ -249,26 +238,23 @@ function showKept(node) {
 }
 
 /**
- * Say so where the widgets of a node are not those of what its view shows, and nothing else is to be said.
+ * Say so where a node was given other widgets or models than those of what its view shows.
  * @param {HostNode} node
  */
 function markOld(node) {
   const notice = notices.get(node);
   if (!notice || notice.kind === "busy" || notice.kind === "error") return;
-  const old = Object.entries(keptOf(node).inputs ?? {}).some(([name, value]) => {
-    const widget = node.widgets?.find((one) => one.name === name);
-    // A seed has linked widgets: the host itself changes it after each run.
-    return widget && !widget.linkedWidgets?.length && widget.value !== value;
-  });
+  const old = isOld(keptOf(node), nodeById);
   notice.set(old ? "old" : "", say("old_settings"));
 }
 
 /**
- * End what was said of runs before: that nodes work, or what went wrong too.
+ * End what was said of runs before, in the workflow of a prompt: that nodes work, or what went wrong too.
+ * @param {unknown} prompt
  * @param {(kind: string) => boolean} which
  */
-function endNotices(which) {
-  for (const node of allNodes()) {
+function endNotices(prompt, which) {
+  for (const node of ownerOf(prompt) === shownWorkflow() ? allNodes() : []) {
     const notice = notices.get(node);
     if (!notice || !which(notice.kind)) continue;
     notice.set("");
@@ -276,12 +262,41 @@ function endNotices(which) {
   }
 }
 
+/** The workflow that is shown. */
+function shownWorkflow() {
+  return app.extensionManager?.workflow?.activeWorkflow;
+}
+
+/** Remember of every prompt that is queued which workflow it came from. */
+function watchQueue() {
+  const { queuePrompt } = api;
+  api.queuePrompt = async (...values) => {
+    const workflow = shownWorkflow();
+    asking = workflow;
+    const answer = await queuePrompt.apply(api, values).finally(() => (asking = null));
+    owners.set(answer?.prompt_id, workflow);
+    return answer;
+  };
+}
+
+/** @param {unknown} prompt */
+function ownerOf(prompt) {
+  return owners.get(prompt) ?? asking ?? shownWorkflow();
+}
+
 /**
- * @param {{ nodes?: Record<string, { state: string, value: number, max: number }> } | undefined} detail
+ * Return a node of the workflow that a prompt came from; none while another one is shown, whose ids are the same.
+ * @param {unknown} id
+ * @param {unknown} prompt
  */
-function showWork(detail) {
-  for (const [id, { state, value, max }] of Object.entries(detail?.nodes ?? {})) {
-    const node = state === "running" ? nodeById(id) : null;
+function nodeOf(id, prompt) {
+  return ownerOf(prompt) === shownWorkflow() ? nodeById(id) : null;
+}
+
+/** @param {{ prompt_id?: unknown, nodes?: Record<string, { state: string, value: number, max: number }> }} detail */
+function showWork({ prompt_id, nodes }) {
+  for (const [id, { state, value, max }] of Object.entries(nodes ?? {})) {
+    const node = state === "running" ? nodeOf(id, prompt_id) : null;
     const notice = node && notices.get(node);
     if (!notice) continue;
     const percent = Math.round((100 * value) / (max || 1));
@@ -289,19 +304,51 @@ function showWork(detail) {
   }
 }
 
+/** @param {{ prompt_id?: unknown, node_id?: unknown, exception_message?: unknown }} detail */
+function showError({ prompt_id, node_id, exception_message }) {
+  const node = nodeOf(node_id, prompt_id);
+  const notice = node && notices.get(node);
+  if (!notice) return;
+  notice.set("error", String(exception_message).trim());
+  grow(node);
+}
+
 /**
- * @param {{ node_id?: unknown, node_type?: unknown, exception_message?: unknown } | undefined} detail
+ * Show what a node sent, and keep it, in the workflow that it belongs to.
+ * @param {Record<"prompt_id" | "node" | "display_node", unknown> & { output?: Record<string, unknown[]> | null }} detail
  */
-function showError(detail) {
-  const node = nodeById(detail?.node_id);
-  if (!node || node.comfyClass !== detail?.node_type) return; // of another workflow
-  notices.get(node)?.set("error", String(detail.exception_message).trim());
+function showResult({ prompt_id, node, display_node, output }) {
+  const id = String(display_node ?? node);
+  const workflow = ownerOf(prompt_id);
+  const shown = nodeOf(id, prompt_id);
+  const type = shown ? shown.comfyClass : typeIn(workflow?.changeTracker?.activeState, id);
+  const view = type && Object.hasOwn(NODES, type) ? NODES[type] : null;
+  const data = view && output?.[view.key]?.[0];
+  if (!view || data === undefined) return;
+  const take = () => {
+    const kept = { data: view.pack(data), inputs: output?.lorax_inputs?.[0] };
+    if (shown) showNew(shown, kept);
+    remember(workflow, id, { type, size: shown?.size }, kept);
+  };
+  if (shown) withView(shown, take);
+  else take();
+}
+
+/**
+ * @param {HostNode} node
+ * @param {Kept} kept
+ */
+function showNew(node, kept) {
+  notices.get(node)?.set("");
+  keep(node, kept);
+  showKept(node);
+  withoutText(node);
   grow(node);
 }
 
 /** @param {HostNode} node */
 function attach(node) {
-  const { key, height, pack, attach: make } = NODES[node.comfyClass];
+  const { height, attach: make } = NODES[node.comfyClass];
   const view = make(node);
   const notice = noticeOf(view.element);
   views.set(node, view);
@@ -317,15 +364,6 @@ function attach(node) {
   for (const one of node.widgets ?? []) chain(one, "callback", () => markOld(node));
   chain(node, "onConfigure", () => showKept(node));
   chain(node, "onConnectionsChange", tellSoon);
-  chain(node, "onExecuted", (/** @type {Record<string, unknown[]> | undefined} */ output) => {
-    const data = output?.[key]?.[0];
-    if (data === undefined) return;
-    notice.set("");
-    withView(node, () => keep(node, { data: pack(data), inputs: output?.lorax_inputs?.[0] }));
-    showKept(node);
-    withoutText(node);
-    grow(node);
-  });
   forward(view.element);
 }
 
@@ -420,19 +458,27 @@ app.registerExtension({
     tellAll("followReports");
   },
   setup() {
-    api.addEventListener("execution_start", () => endNotices((kind) => kind !== ""));
+    watchQueue();
+    api.addEventListener("execution_start", ({ detail }) => {
+      running = detail.prompt_id;
+      endNotices(running, (kind) => kind !== "");
+    });
     api.addEventListener("progress_state", ({ detail }) => showWork(detail));
+    api.addEventListener("executed", ({ detail }) => showResult(detail));
     api.addEventListener("execution_error", ({ detail }) => showError(detail));
     for (const type of ["execution_error", "execution_interrupted", "execution_success"]) {
-      api.addEventListener(type, () => endNotices((kind) => kind === "busy"));
+      api.addEventListener(type, ({ detail }) => {
+        endNotices(detail.prompt_id, (kind) => kind === "busy");
+        owners.delete(detail.prompt_id);
+      });
     }
     api.addEventListener("lorax.loss", ({ detail }) => {
-      const node = nodeById(detail?.node);
-      const view = node && views.get(node);
-      if (!view) return;
+      const node = nodeOf(detail.node, running);
+      if (!node || !views.has(node)) return;
       keep(node, { data: { steps: detail.steps, losses: detail.losses, total: detail.total } });
       showKept(node);
       grow(node);
     });
+    api.addEventListener("graphChanged", () => allNodes().forEach(markOld));
   },
 });

@@ -1,4 +1,4 @@
-"""What the prompt that runs says of a node: the values of its widgets, and the files that its models come from."""
+"""What the prompt that runs says of a node: what it is computed from, and the files that its models come from."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from typing import Any
 WEIGHTS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 
 
-def widget_values(hidden: Any) -> dict[str, Any]:
-    """Return the values that a node got from its own widgets, by name.
+def computed_from(hidden: Any) -> dict[str, dict[str, Any]]:
+    """Return the part of the prompt that tells what a node was computed from, without links.
+
+    That is what its own widgets were, and which files of weights the nodes before it loaded.
 
     Args:
         hidden: `hidden` of a node class while it runs, which asked for `unique_id` and `prompt`.
     """
-    return {name: value for name, value in _inputs(hidden.prompt, hidden.unique_id).items() if not _is_link(value)}
+    found: dict[str, dict[str, Any]] = {}
+    waiting = [hidden.unique_id]
+    while waiting:
+        node = waiting.pop()
+        if node in found or node not in (hidden.prompt or {}):
+            continue
+        inputs = _inputs(hidden.prompt, node)
+        waiting += [value[0] for value in inputs.values() if _is_link(value)]
+        own = {k: v for k, v in inputs.items() if not _is_link(v) and (node == hidden.unique_id or _is_weights(v))}
+        found[node] = {"class_type": hidden.prompt[node].get("class_type"), "inputs": own}
+    return {node: entry for node, entry in found.items() if entry["inputs"]}
 
 
 def file_of(hidden: Any, socket: str) -> str | None:
@@ -23,7 +35,7 @@ def file_of(hidden: Any, socket: str) -> str | None:
     Nodes that change a model, such as LoRA loaders, are passed through by their input `model`.
 
     Args:
-        hidden: As for `widget_values`.
+        hidden: As for `computed_from`.
         socket: Name of the input.
 
     Returns:
@@ -35,13 +47,17 @@ def file_of(hidden: Any, socket: str) -> str | None:
         inputs = _inputs(hidden.prompt, link[0])
         link = inputs.get("model")
         if not _is_link(link):
-            files = [v for v in inputs.values() if isinstance(v, str) and v.lower().endswith(WEIGHTS)]
+            files = [value for value in inputs.values() if _is_weights(value)]
             return files[0].replace("\\", "/").rpartition("/")[2] if len(files) == 1 else None
     return None
 
 
 def _inputs(prompt: Any, node: str | None) -> dict[str, Any]:
     return (prompt or {}).get(node, {}).get("inputs", {})
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, str) and value.lower().endswith(WEIGHTS)
 
 
 def _is_link(value: Any) -> bool:

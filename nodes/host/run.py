@@ -11,7 +11,7 @@ from ...lorax.compute.cache import open_cache
 from ...lorax.compute.engine import Engine, or_on_cpu
 from ...lorax.errors import printable
 from ...lorax.progress import Progress
-from .prompt import widget_values
+from .prompt import computed_from
 
 # Room to make on the GPU for one layer: the largest weight of SDXL, 10240 x 1280, in float64, six times.
 WORKSPACE_BYTES = 640 * 2**20
@@ -76,7 +76,7 @@ def shown(hidden: Any, text: str, **views: Any) -> dict[str, list[Any]]:
         **views: What its view shows, by the key that the view reads.
     """
     show(text, hidden.unique_id)
-    return {"text": [text], "lorax_inputs": [widget_values(hidden)]} | {key: [data] for key, data in views.items()}
+    return {"text": [text], "lorax_inputs": [computed_from(hidden)]} | {key: [data] for key, data in views.items()}
 
 
 def as_text(text: str) -> str:

@@ -35,6 +35,16 @@ BUILD = """nodes => {
         made.push(node);
     }
 }"""
+BASE, TUNED = ({"ckpt_name": f"sd15-{name}.safetensors"} for name in ("base", "tuned"))
+# A transfer, its loaders, and nothing behind it.
+ALONE = [
+    ("CheckpointLoaderSimple", [0, 40], BASE, {}),
+    ("CheckpointLoaderSimple", [0, 220], TUNED, {}),
+    ("LoraXLoader", [0, 400], {"lora_name": "sd15-style.safetensors"}, {}),
+    ("LoraXTransfer", [420, 40], {"rank": 99}, {"source": (0, 0), "target": (1, 0), "adapter": (2, 0)}),
+]
+# What its view says of the layers.
+ARRIVED = ".lorax-report .lorax-figure b >> nth=0"
 NODE = "type => app.graph.nodes.find((node) => node.type === type)"
 
 

@@ -5,9 +5,8 @@ import re
 
 import pytest
 from chromium import overlaps, picture
-from front_end import build, drop, front_end, kept, nothing_wrong, queue
+from front_end import ALONE, ARRIVED, BASE, build, drop, front_end, kept, nothing_wrong, queue
 
-BASE, TUNED = ({"ckpt_name": f"sd15-{name}.safetensors"} for name in ("base", "tuned"))
 # Load, convert and save an adapter, and apply it to its own model.
 SAYING = [
     ("CheckpointLoaderSimple", [0, 40], BASE, {}),
@@ -23,13 +22,6 @@ SAID = {
     "LoraXSave": "lorax/adapter_0000",
     "LoraXApply": "70 of 70 layers applied",
 }
-ALONE = [
-    ("CheckpointLoaderSimple", [0, 40], BASE, {}),
-    ("CheckpointLoaderSimple", [0, 220], TUNED, {}),
-    ("LoraXLoader", [0, 400], {"lora_name": "sd15-style.safetensors"}, {}),
-    ("LoraXTransfer", [420, 40], {"rank": 99}, {"source": (0, 0), "target": (1, 0), "adapter": (2, 0)}),
-]
-ARRIVED = ".lorax-report .lorax-figure b >> nth=0"
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
@@ -112,9 +104,15 @@ def test_a_view_says_that_its_settings_are_others_now(host, browser):
     with front_end(host, browser) as page:
         build(page, *ALONE)
         queue(page)
-        for value, marked in ((0.3, 1), (0.0, 0), (0.3, 1)):
+        for value, marked in ((0.3, 1), (0.0, 0)):
             page.evaluate(SET, ["LoraXTransfer", "threshold", value])
             assert page.locator(SHOWN).count() == marked
+        for value, marked in (("sd15-style-text.safetensors", 2), ("sd15-style.safetensors", 0)):
+            page.evaluate(SET, ["LoraXLoader", "lora_name", value])
+            page.mouse.click(1650, 1250)  # after a click the front end looks for changes
+            page.wait_for_timeout(100)
+            assert page.locator(SHOWN).count() == marked
+        page.evaluate(SET, ["LoraXTransfer", "threshold", 0.3])
         assert page.locator(f".lorax-report {SHOWN}").inner_text().startswith("Made with other settings")
         saved = page.evaluate("app.graph.serialize()")
         drop(page, saved)

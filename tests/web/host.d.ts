@@ -33,6 +33,32 @@ interface HostGraph {
   setDirtyCanvas(front: boolean, back: boolean): void;
 }
 
+/** A workflow as the front end saves it, and what it remembers of one that is open. */
+interface HostStateNode {
+  id: number | string;
+  type: string;
+  size?: ArrayLike<number>;
+  properties?: Record<string, unknown>;
+}
+
+interface HostStateGraph {
+  id?: string;
+  nodes?: HostStateNode[];
+}
+
+interface HostState extends HostStateGraph {
+  definitions?: { subgraphs?: HostStateGraph[] };
+}
+
+interface HostWorkflow {
+  changeTracker?: {
+    activeState?: HostState;
+    undoQueue: HostState[];
+    redoQueue: HostState[];
+    updateModified(): void;
+  };
+}
+
 type HostCanvas = Record<
   "processMouseWheel" | "processMouseDown" | "processMouseMove" | "processMouseUp",
   (event: Event) => void
@@ -56,7 +82,10 @@ declare module "*/scripts/app.js" {
     graph: HostGraph;
     rootGraph?: HostGraph;
     canvas: HostCanvas;
-    extensionManager?: { setting?: { get(name: string): string | undefined } };
+    extensionManager?: {
+      setting?: { get(name: string): string | undefined };
+      workflow?: { activeWorkflow?: HostWorkflow | null };
+    };
     registerExtension(extension: HostExtension): void;
   };
 }
@@ -64,6 +93,7 @@ declare module "*/scripts/app.js" {
 declare module "*/scripts/api.js" {
   export const api: {
     getCustomNodesI18n(): Promise<Record<string, HostTexts>>;
+    queuePrompt(...values: unknown[]): Promise<{ prompt_id?: string } | undefined>;
     addEventListener(type: string, listener: (event: CustomEvent) => void): void;
   };
 }
