@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 
@@ -46,10 +47,13 @@ def weight_of(patcher: Model, key: str) -> Tensor:
         weight = backup[0]
     if _is_quantised(weight):
         weight = weight.detach().to("cpu").dequantize().to(torch.float32)
-    elif _is_gguf(weight):  # its layers read their own weights
+    elif _is_gguf(weight):
         weight = weight.to("cpu", copy=True)
         weight.patches = []  # those of whichever MODEL was loaded last
-        weight = comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]).get_weight(weight, torch.float32)
+        # Its layers read their own weights; in float32, which is what the file says, where they would round to float16.
+        layer = copy.copy(comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]))
+        layer.dequant_dtype = torch.float32
+        weight = layer.get_weight(weight, torch.float32)
     else:
         weight = management.cast_to_device(weight.detach(), torch.device("cpu"), torch.float32, copy=True)
         if convert is not None:

@@ -44,7 +44,7 @@ def phi(weight, other):
 
 
 def test_the_layers_are_those_of_the_checkpoint_and_their_weights_what_the_file_holds(read):
-    """Oracle: the numbers that the gguf package makes of the file; the loader rounds its own to float16."""
+    """Oracle: the numbers that the gguf package makes of the file; so its file and its MODEL have the same digests."""
     ours, theirs = read["layers"]
     assert ours == theirs
     kinds = set()
@@ -52,7 +52,7 @@ def test_the_layers_are_those_of_the_checkpoint_and_their_weights_what_the_file_
         stored = read["stored"][f"{original}.weight"]
         kinds.add(stored.tensor_type.name)
         expected = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type)).reshape(shape).flatten(1)
-        torch.testing.assert_close(read["plain"][name], expected, rtol=1e-3, atol=1e-6)
+        assert torch.equal(read["plain"][name], expected.float())
     assert kinds == {"Q8_0", "F16"}
 
 
@@ -88,6 +88,22 @@ def test_a_transfer_to_a_quantised_model_from_one(served):
     torch.testing.assert_close(ours.latent(), served.run(stock).latent(), rtol=1e-3, atol=1e-3)
     prompt["5"]["inputs"]["strength"] = 0.0
     assert torch.equal(served.run(prompt).latent(), served.run(plain).latent())
+
+
+def test_what_is_converted_by_the_file_is_of_the_model(served):
+    """A LoRA-X is refused by a model whose weights differ from those of its source."""
+    prompt = {
+        "1": node("LoraXBase", base_name="diffusion_models/sd15-base.gguf"),
+        "2": node("UnetLoaderGGUF", unet_name="sd15-base.gguf"),
+        "3": node("LoraXLoader", lora_name="sd15-style.safetensors"),
+        "4": node("LoraXConvert", adapter=["3", 0], source=["1", 0], rank=16),
+        "5": node("LoraXApply", model=["2", 0], adapter=["4", 0], strength=1.0),
+        **sampling("5"),
+    }
+    result = served.run(prompt)
+    assert result.ok, result.error
+    wrong = prompt | {"2": node("UnetLoaderGGUF", unet_name="sd15-tuned.gguf")}
+    assert "own source base" in served.run(wrong).error
 
 
 def test_training_on_a_quantised_model(served):
