@@ -9,6 +9,16 @@ from pathlib import Path
 
 from safetensors.torch import load as load_tensors
 
+# What make_models.py makes, for each file that a template names.
+STAND_INS = {
+    "v1-5-pruned-emaonly-fp16.safetensors": "sd15-base.safetensors",
+    "DreamShaper_8_pruned.safetensors": "sd15-tuned.safetensors",
+    "sd_xl_base_1.0.safetensors": "sdxl-base.safetensors",
+    "SSD-1B-A1111.safetensors": "ssd-1b.safetensors",
+    "MoXinV1.safetensors": "sd15-style.safetensors",
+    "pixel-art-xl.safetensors": "sdxl-style.safetensors",
+}
+
 
 class Host:
     """A running ComfyUI server."""
