@@ -46,7 +46,7 @@ export function bars({ columns, onPoint, onPin }) {
    */
   function value(name, number) {
     const known = !Number.isNaN(number);
-    const cell = make("span", { class: "lorax-value" });
+    const cell = make("span", { class: "lorax-value", "data-value": name });
     cell.style.setProperty("--lorax-share", String(known ? Math.min(Math.max(number, 0), 1) : 0));
     if (name === "corrected" && shown.threshold > 0) {
       cell.append(make("i", { style: `left: ${100 * Math.min(shown.threshold, 1)}%` }));
@@ -143,11 +143,10 @@ export function bars({ columns, onPoint, onPin }) {
     show(lines, threshold, names = columns) {
       rows = lines;
       Object.assign(shown, { threshold, columns: names });
-      element.style.setProperty("--lorax-columns", String(names.length));
       head.replaceChildren(
         make("span"),
         make("span", { class: "lorax-name" }, say("layer")),
-        ...names.map((name) => make("span", {}, say(name))),
+        ...names.map((name) => make("span", { "data-value": name }, say(name))),
       );
       render();
     },

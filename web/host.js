@@ -17,9 +17,8 @@ const SIMILARITY = "LoraXSimilarity";
 const TRANSFER = "LoraXTransfer";
 const MOVE = "LoraXMove";
 const TRAIN = "LoraXTrain";
+const SCROLLS = "[data-capture-wheel], .lorax-view";
 const TEXT = "$$node-text-preview"; // the front end's widget for the text that a node sends while it runs
-const WAITING = 44; // height of a view that has nothing to show yet
-const WRONG = 110; // and of one that has nothing to show but an error
 
 /** @import { Kept } from "./kept.js" */
 
@@ -33,26 +32,27 @@ const WRONG = 110; // and of one that has nothing to show but an error
  * @property {() => void} [followReports]
  */
 
-/** Of a node that only says something: the text that it sends for nodes of the host too. */
-const SAID = { key: "text", height: 84, pack: (/** @type {unknown} */ data) => data, attach: textView };
-
 /**
- * What a node sends, how much room its view takes, what of it the workflow file keeps, how the view is made, and the
- * text for its work.
- * @type {Record<string, { key: string, height: number, pack: (data: any) => unknown, attach: (node: HostNode) => View,
- *   work?: string }>}
+ * What a node sends, the room of its view (width and height in a node that is added by hand, and the least height), what
+ * the workflow file keeps of it, how the view is made, and the text for its work.
+ * @typedef {object} Kind
+ * @property {string} key
+ * @property {[width: number, height: number, least: number]} room
+ * @property {(data: any) => unknown} [pack]
+ * @property {(node: HostNode) => View} attach
+ * @property {string} [work]
  */
+
+/** @type {Kind} Of a node that only says something: the text that it sends for nodes of the host too. */
+const SAID = { key: "text", room: [340, 100, 60], attach: textView };
+/** @type {Kind} */
+const REPORTED = { key: "lorax_report", room: [460, 400, 200], pack: packReport, attach: attachReport };
+/** @type {Record<string, Kind>} */
 const NODES = {
-  [SIMILARITY]: {
-    key: "lorax_similarity",
-    height: 740,
-    pack: (data) => data,
-    attach: attachSimilarity,
-    work: "comparing",
-  },
-  [TRANSFER]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
-  [MOVE]: { key: "lorax_report", height: 440, pack: packReport, attach: attachReport },
-  [TRAIN]: { key: "lorax_loss", height: 190, pack: (data) => data, attach: lossView },
+  [SIMILARITY]: { key: "lorax_similarity", room: [460, 600, 240], attach: attachSimilarity, work: "comparing" },
+  [TRANSFER]: REPORTED,
+  [MOVE]: REPORTED,
+  [TRAIN]: { key: "lorax_loss", room: [400, 190, 120], attach: lossView },
   LoraXLoader: SAID,
   LoraXBase: SAID,
   LoraXApply: SAID,
@@ -211,22 +211,13 @@ function tellSoon() {
 }
 
 /**
- * Take away the text that the node shows where there is no view: the view says the same.
- * @param {HostNode} node
+ * Take away the text that the front end shows on a node that has a view, before it grows for it: the view says the same.
+ * @param {{ nodeId?: unknown } | undefined} detail
  */
-function withoutText(node) {
-  const widget = node.widgets?.find(({ name }) => name === TEXT);
+function withoutText(detail) {
+  const node = nodeById(detail?.nodeId);
+  const widget = node && views.has(node) && node.widgets?.find(({ name }) => name === TEXT);
   if (widget) node.removeWidget(widget);
-}
-
-/**
- * Give a node the room that its view needs, and never less than the user gave it.
- * @param {HostNode} node
- */
-function grow(node) {
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
-  app.graph.setDirtyCanvas(true, true);
 }
 
 /** @param {HostNode} node */
@@ -310,7 +301,6 @@ function showError({ prompt_id, node_id, exception_message }) {
   const notice = node && notices.get(node);
   if (!notice) return;
   notice.set("error", String(exception_message).trim());
-  grow(node);
 }
 
 /**
@@ -326,7 +316,7 @@ function showResult({ prompt_id, node, display_node, output }) {
   const data = view && output?.[view.key]?.[0];
   if (!view || data === undefined) return;
   const take = () => {
-    const kept = { data: view.pack(data), inputs: output?.lorax_inputs?.[0] };
+    const kept = { data: view.pack ? view.pack(data) : data, inputs: output?.lorax_inputs?.[0] };
     if (shown) showNew(shown, kept);
     remember(workflow, id, { type, size: shown?.size }, kept);
   };
@@ -342,25 +332,28 @@ function showNew(node, kept) {
   notices.get(node)?.set("");
   keep(node, kept);
   showKept(node);
-  withoutText(node);
-  grow(node);
 }
 
 /** @param {HostNode} node */
 function attach(node) {
-  const { height, attach: make } = NODES[node.comfyClass];
+  const { room, attach: make } = NODES[node.comfyClass];
   const view = make(node);
   const notice = noticeOf(view.element);
   views.set(node, view);
   notices.set(node, notice);
+  const [width, height, least] = room;
+  view.element.style.minHeight = `${least}px`; // for Vue nodes
   const widget = node.addDOMWidget("lorax_view", "lorax_view", view.element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => (keptOf(node).data !== undefined ? height : notice.kind === "error" ? WRONG : WAITING),
+    hideInPanel: true, // there is one element, and the side panel would take it out of the node
+    getMinHeight: () => least,
     getValue: () => "",
     setValue: () => {},
   });
   widget.serialize = false;
+  const [fits, all] = node.computeSize();
+  node.setSize([Math.max(width, fits), all - least + height]); // a workflow sets the size that it saved after this
   for (const one of node.widgets ?? []) chain(one, "callback", () => markOld(node));
   chain(node, "onConfigure", () => showKept(node));
   chain(node, "onConnectionsChange", tellSoon);
@@ -388,8 +381,9 @@ function chain(object, name, then) {
  */
 function forward(element) {
   element.addEventListener("wheel", (event) => {
-    const list = closest(event, "[data-capture-wheel]");
-    if (list && list.scrollHeight > list.clientHeight && !event.ctrlKey) {
+    let list = closest(event, SCROLLS);
+    while (list && list.scrollHeight <= list.clientHeight) list = list.parentElement?.closest(SCROLLS) ?? null;
+    if (list && !event.ctrlKey) {
       event.stopPropagation();
     } else {
       event.preventDefault();
@@ -465,6 +459,7 @@ app.registerExtension({
     });
     api.addEventListener("progress_state", ({ detail }) => showWork(detail));
     api.addEventListener("executed", ({ detail }) => showResult(detail));
+    api.addEventListener("progress_text", ({ detail }) => queueMicrotask(() => withoutText(detail)));
     api.addEventListener("execution_error", ({ detail }) => showError(detail));
     for (const type of ["execution_error", "execution_interrupted", "execution_success"]) {
       api.addEventListener(type, ({ detail }) => {
@@ -477,7 +472,6 @@ app.registerExtension({
       if (!node || !views.has(node)) return;
       keep(node, { data: { steps: detail.steps, losses: detail.losses, total: detail.total } });
       showKept(node);
-      grow(node);
     });
     api.addEventListener("graphChanged", () => allNodes().forEach(markOld));
   },

@@ -40,6 +40,13 @@ export function reportView({ onState }) {
   /** @type {RowLine[]} */
   let rows = [];
   let state = { ...REPORT_STATE };
+  /** @type {RowLine | null} */
+  let pointed = null; // what was looked at last, until the pointer leaves the view
+
+  element.addEventListener("pointerleave", () => {
+    pointed = null;
+    describe(null);
+  });
 
   /** @param {Partial<typeof REPORT_STATE>} values */
   function change(values) {
@@ -118,16 +125,21 @@ export function reportView({ onState }) {
       values: { left: row.left, right: row.right, corrected: row.corrected, kept: row.kept },
       row,
     }));
+    pointed = null;
     layers.show(rows, report.threshold);
     layers.pin(state.pinned || null);
     describe(null);
   }
 
-  /** @param {RowLine | null} shown */
-  function describe(shown) {
-    const line = shown ?? rows.find(({ key }) => key === state.pinned);
-    const words = line ? ofRow(line) : [say("layers_hint")];
-    details.replaceChildren(...words.map((text) => make("div", { title: text }, text)));
+  /** @param {RowLine | null} row */
+  function describe(row) {
+    const pinned = row ? undefined : rows.find(({ key }) => key === state.pinned);
+    pointed = row ?? (pinned ? null : pointed);
+    const line = pinned ?? pointed;
+    const lines = line ? ofRow(line) : [];
+    details.hidden = !line;
+    if (line) lines[3] += ` · ${say(pinned ? "pinned" : "pin")}`;
+    details.replaceChildren(...lines.map((text) => make("div", { title: text }, text)));
   }
 
   /** @param {RowLine} line */
@@ -171,7 +183,8 @@ export function reportView({ onState }) {
       report = found;
       state = readState(saved, REPORT_STATE);
       if (!outcomes(found.rows).some(({ outcome }) => outcome === state.outcome)) state.outcome = "";
-      element.replaceChildren(title, figures, warnings, chips, layers.element, details, copy);
+      const list = make("div", { class: "lorax-list" }, layers.element, details);
+      element.replaceChildren(title, figures, warnings, chips, list, copy);
       fill(found);
     },
   };

@@ -49,6 +49,8 @@ export function similarityView({ onState, onThreshold, note }) {
   /** @type {Map<number, PairedCell>} */
   let cellCounts = new Map();
   let state = { ...SIMILARITY_STATE };
+  /** @type {Pointed | null} */
+  let pointed = null; // what was looked at last, until the pointer leaves the view
 
   const title = make("div", { class: "lorax-title" });
   const message = make("div", { class: "lorax-message", role: "status" });
@@ -62,7 +64,12 @@ export function similarityView({ onState, onThreshold, note }) {
     onPin: (row) => pinLayer(row?.key ?? ""),
   });
   const controls = make("div", { class: "lorax-controls" }, selects.group.label, selects.stage.label);
-  const parts = [title, controls, message, heat.element, legend(), details, slider.element, layers.element];
+  const list = make("div", { class: "lorax-list" }, layers.element, details);
+  const parts = [title, controls, message, heat.element, legend(), slider.element, list];
+  element.addEventListener("pointerleave", () => {
+    pointed = null;
+    describe(null);
+  });
 
   /** @param {"kind" | "stage"} name */
   function select(name) {
@@ -100,6 +107,7 @@ export function similarityView({ onState, onThreshold, note }) {
     map = blockMap(model, state);
     pairs = chosenPairs(model, state);
     const empty = !pairs.length || map?.values.length === 0;
+    pointed = null;
     const crowd = pairs.length > MANY ? say("many_layers", { count: pairs.length }) : "";
     message.textContent = empty ? say("nothing_chosen") : map ? crowd : say("no_map");
     message.hidden = !message.textContent;
@@ -177,10 +185,13 @@ export function similarityView({ onState, onThreshold, note }) {
 
   /** @param {Pointed | null} what */
   function describe(what) {
-    const pinned = what ? null : { row: rows.find(({ key }) => key === state.pinned), cell: pinnedCell() };
-    const { row, cell } = what ?? pinned ?? {};
-    const lines = row ? ofLayer(row.pair) : (cell && ofCell(cell)) || [say("map_hint")];
-    if (pinned && (row || cell)) lines[2] += ` · ${say("pinned")}`;
+    const pinned = { row: rows.find(({ key }) => key === state.pinned), cell: pinnedCell() };
+    const isPinned = !what && Boolean(pinned.row ?? pinned.cell);
+    pointed = what ?? (isPinned ? null : pointed);
+    const { row, cell } = isPinned ? pinned : (pointed ?? {});
+    const lines = row ? ofLayer(row.pair) : cell ? ofCell(cell) : [];
+    details.hidden = !lines.length;
+    if (lines.length) lines[2] += ` · ${say(isPinned ? "pinned" : "pin")}`;
     details.replaceChildren(...lines.map((line) => make("div", { title: line }, line)));
   }
 
@@ -201,7 +212,7 @@ export function similarityView({ onState, onThreshold, note }) {
 
   /** @param {Cell} cell */
   function ofCell({ row, column }) {
-    if (!map || !model) return null;
+    if (!map || !model) return [];
     const { sources, targets } = model;
     const place = row * map.columns.length + column;
     const [value, count] = [map.values[place], map.counts[place]];
