@@ -16,14 +16,16 @@ import { say, speak } from "./texts.js";
 const SIMILARITY = "LoraXSimilarity";
 const TRANSFER = "LoraXTransfer";
 const MOVE = "LoraXMove";
+const APPLY = "LoraXApply";
 const TRAIN = "LoraXTrain";
 const SCROLLS = "[data-capture-wheel], .lorax-view";
 const TEXT = "$$node-text-preview"; // the front end's widget for the text that a node sends while it runs
+const FOLLOWED = ["threshold", "strength"]; // widgets that views of other nodes show and set
 
 /** @import { Kept } from "./kept.js" */
 
 /**
- * The view of a node. One that depends on other nodes follows them: their thresholds (`follow`), or their reports too.
+ * The view of a node. One that depends on other nodes follows them: their widgets (`follow`), or their reports too.
  * @typedef {object} View
  * @property {HTMLElement} element
  * @property {(text: string) => void} fail
@@ -55,7 +57,7 @@ const NODES = {
   [TRAIN]: { key: "lorax_loss", room: [400, 190, 120], attach: lossView },
   LoraXLoader: SAID,
   LoraXBase: SAID,
-  LoraXApply: SAID,
+  [APPLY]: SAID,
   LoraXConvert: SAID,
   LoraXSave: SAID,
 };
@@ -95,7 +97,7 @@ function withView(node, work) {
 function attachSimilarity(node) {
   const view = similarityView({
     onState: (state) => keep(node, { state }),
-    onThreshold: (value) => setThreshold(node, value),
+    onThreshold: (value) => setAll(thresholds(node), value),
     note: () => say(thresholds(node).length ? "writes" : transfersOf(node).length ? "writes_linked" : "writes_nothing"),
   });
   function follow() {
@@ -119,13 +121,17 @@ function attachSimilarity(node) {
  * @returns {View}
  */
 function attachReport(node) {
-  const view = reportView({ onState: (state) => keep(node, { state }) });
+  const view = reportView({
+    onState: (state) => keep(node, { state }),
+    onStrength: (value) => setAll(strengths(node), value),
+    strengths: () => strengths(node).map(({ value }) => value),
+  });
   /** @type {View["show"]} */
   const show = (data, state) => {
     view.show(data, state);
     tellAll("followReports");
   };
-  return { ...view, show };
+  return { ...view, show, follow: view.showStrength, followReports: view.showStrength };
 }
 
 /**
@@ -151,21 +157,39 @@ function transfersOf(node) {
 }
 
 /**
- * Return the threshold widgets that a similarity sets: of the transfers that use it, unless a link gives theirs.
+ * Return the threshold widgets that a similarity sets: of the transfers that use it.
  * @param {HostNode} node
  */
 function thresholds(node) {
-  return transfersOf(node)
-    .filter(({ inputs }) => !inputs?.some(({ widget, link }) => widget?.name === "threshold" && link != null))
-    .flatMap(({ widgets }) => widgets?.filter(({ name }) => name === "threshold") ?? []);
+  return freeWidgets(transfersOf(node), "threshold");
 }
 
 /**
+ * Return the strength widgets for what a node transferred: of the nodes that apply it, or its own.
  * @param {HostNode} node
+ */
+function strengths(node) {
+  const applying = node.type === MOVE ? [node] : takers(node, 0).filter(({ type }) => type === APPLY);
+  return freeWidgets(applying, "strength");
+}
+
+/**
+ * Return the widgets of a name, but for those that a link gives the value.
+ * @param {HostNode[]} nodes
+ * @param {string} name
+ */
+function freeWidgets(nodes, name) {
+  return nodes
+    .filter(({ inputs }) => !inputs?.some(({ widget, link }) => widget?.name === name && link != null))
+    .flatMap(({ widgets }) => widgets?.filter((widget) => widget.name === name) ?? []);
+}
+
+/**
+ * @param {HostWidget[]} widgets
  * @param {number} value
  */
-function setThreshold(node, value) {
-  for (const widget of thresholds(node)) {
+function setAll(widgets, value) {
+  for (const widget of widgets) {
     widget.value = value;
     widget.callback?.(value);
   }
@@ -190,7 +214,7 @@ function reportOf(node) {
 }
 
 /**
- * Let the views of all similarities follow what changed: the threshold of a transfer, or more.
+ * Let all views follow what changed: a widget that others show, or more.
  * @param {"follow" | "followReports"} what
  */
 function tellAll(what) {
@@ -442,10 +466,10 @@ app.registerExtension({
     speak(texts[language]?.lorax);
   },
   nodeCreated(node) {
-    if (node.comfyClass in NODES) attach(node);
-    if (node.comfyClass === TRANSFER) {
-      const widget = node.widgets?.find(({ name }) => name === "threshold");
-      if (widget) chain(widget, "callback", () => tellAll("follow"));
+    if (!(node.comfyClass in NODES)) return;
+    attach(node);
+    for (const widget of node.widgets ?? []) {
+      if (FOLLOWED.includes(widget.name)) chain(widget, "callback", () => tellAll("follow"));
     }
   },
   afterConfigureGraph() {

@@ -2,6 +2,7 @@
 /** What a workflow keeps of a view: in a property of the node, and in the states that the front end remembers. */
 
 export const KEPT = "lorax"; // the property; it holds a `Kept`
+const WITHOUT_EFFECT = ["strength", "cache"]; // widgets that change nothing of what views show
 
 /**
  * What a view shows, what the user chose in it, and the part of the prompt that it was computed from.
@@ -108,7 +109,8 @@ export function isOld({ inputs: prompt }, nodeById) {
     return Object.entries(entry.inputs ?? {}).some(([name, value]) => {
       const widget = node.widgets?.find((one) => one.name === name);
       // A seed has linked widgets: the host itself changes it after each run.
-      return widget && !widget.linkedWidgets?.length && widget.value !== value;
+      const counts = widget && !WITHOUT_EFFECT.includes(name) && !widget.linkedWidgets?.length;
+      return counts && widget.value !== value;
     });
   });
 }

@@ -17,8 +17,10 @@ const REPORT_STATE = { outcome: "", pinned: "" }; // what the user chose
  * Return the view.
  * @param {object} options
  * @param {(state: typeof REPORT_STATE) => void} options.onState what the user chose changed
+ * @param {(value: number) => void} [options.onStrength] the suggested strength shall be used
+ * @param {() => unknown[]} [options.strengths] the strengths that would be set then, as they are now
  */
-export function reportView({ onState }) {
+export function reportView({ onState, onStrength = () => {}, strengths = () => [] }) {
   const element = make("div", { class: "lorax-view lorax-report" });
   const message = make("div", { class: "lorax-message", role: "status" });
   const title = make("div", { class: "lorax-title" });
@@ -26,7 +28,9 @@ export function reportView({ onState }) {
   const warnings = make("ul", { class: "lorax-warnings" });
   const chips = make("div", { class: "lorax-chips", role: "group", "aria-label": say("outcome") });
   const details = make("div", { class: "lorax-details", "aria-live": "polite" });
-  const copy = make("button", { type: "button", class: "lorax-copy" }, say("copy"));
+  const use = make("button", { type: "button" });
+  const copy = make("button", { type: "button" }, say("copy"));
+  const actions = make("div", { class: "lorax-actions" }, use, copy);
   const layers = bars({
     columns: ["left", "right", "corrected", "kept"],
     onPoint: describe,
@@ -52,6 +56,23 @@ export function reportView({ onState }) {
   function change(values) {
     state = { ...state, ...values };
     onState(state);
+  }
+
+  /** The widgets take two digits. */
+  const suggestion = () => Math.round(100 * (report?.strength ?? NaN)) / 100;
+
+  use.addEventListener("click", () => {
+    onStrength(suggestion());
+    showStrength();
+  });
+
+  /** Offer to use the suggested strength, where there is one and a place for it. */
+  function showStrength() {
+    const [value, now] = [suggestion(), strengths()];
+    const used = now.every((one) => one === value);
+    use.hidden = Number.isNaN(value) || !now.length;
+    use.disabled = used;
+    use.textContent = say(used ? "strength_used" : "use_strength", { strength: digits(value, 2) });
   }
 
   copy.addEventListener("click", async () => {
@@ -166,6 +187,7 @@ export function reportView({ onState }) {
   return {
     element,
     fail,
+    showStrength,
     /**
      * Show the JSON of a transfer; where it cannot be read, say why.
      * @param {unknown} data
@@ -184,8 +206,9 @@ export function reportView({ onState }) {
       state = readState(saved, REPORT_STATE);
       if (!outcomes(found.rows).some(({ outcome }) => outcome === state.outcome)) state.outcome = "";
       const list = make("div", { class: "lorax-list" }, layers.element, details);
-      element.replaceChildren(title, figures, warnings, chips, list, copy);
+      element.replaceChildren(title, figures, warnings, chips, list, actions);
       fill(found);
+      showStrength();
     },
   };
 }

@@ -66,6 +66,8 @@ export const ENGLISH = {
   norm_left_out: "of the norm kept, some more is in the target already: {grade}",
   strength: "suggested strength",
   no_strength: "no suggestion: layers are missing",
+  use_strength: "Use strength {strength}",
+  strength_used: "Strength {strength} is set",
   outcome: "outcome",
   copy: "Copy as text",
   copied: "Copied",

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from chromium import overlaps, picture
-from front_end import ALONE, ARRIVED, BASE, build, drop, front_end, kept, nothing_wrong, queue
+from front_end import ALONE, ARRIVED, BASE, NODE, build, drop, front_end, kept, nothing_wrong, queue
 
 # Load, convert and save an adapter, and apply it to its own model.
 SAYING = [
@@ -122,4 +122,38 @@ def test_a_view_says_that_its_settings_are_others_now(host, browser):
         assert page.locator(f".lorax-report {SHOWN}").count() == 1
         queue(page)
         assert page.locator(SHOWN).count() == 0
+        nothing_wrong(page, host)
+
+
+def test_the_suggested_strength_is_set_where_the_adapter_is_applied(host, browser):
+    """Through a reroute; not where a link gives the strength; not offered where nothing applies it."""
+    apply = ("LoraXApply", [1300, 40], {}, {"adapter": (4, 0), "model": (1, 0)})
+    with front_end(host, browser) as page:
+        build(page, *ALONE, ("Reroute", [900, 40], {}, {"": (3, 0)}), apply)
+        page.evaluate(SET, ["LoraXTransfer", "method", "project"])
+        page.evaluate(SET, ["LoraXTransfer", "rank", 60])
+        queue(page)
+        button = page.get_by_role("button", name=re.compile("Use strength"))
+        suggested = round(kept(page, "LoraXTransfer")["data"]["suggested_strength"], 2)
+        assert suggested > 1
+        assert button.inner_text() == f"Use strength {suggested:.2f}"
+        button.click()
+        strength = f"({NODE})('LoraXApply').widgets.find(({{ name }}) => name === 'strength').value"
+        assert page.evaluate(strength) == suggested
+        used = page.get_by_role("button", name=f"Strength {suggested:.2f} is set")
+        assert used.is_disabled()
+        picture(page, "strength")
+        assert overlaps(page) == []
+        page.evaluate(SET, ["LoraXApply", "strength", 0.5])
+        assert button.is_enabled()
+        page.evaluate(f"""() => {{
+            const [from, to] = ["LoraXTransfer", "LoraXApply"].map({NODE});
+            from.connect(2, to, to.inputs.findIndex(({{ name }}) => name === "strength"));
+        }}""")
+        page.wait_for_timeout(100)
+        assert button.count() == 0
+        assert page.evaluate(strength) == 0.5
+        page.evaluate(f"app.graph.remove(({NODE})('LoraXApply'))")
+        page.wait_for_timeout(100)
+        assert button.count() == 0
         nothing_wrong(page, host)

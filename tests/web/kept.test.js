@@ -48,7 +48,7 @@ test("all states of a workflow remember a result, and the front end is told", ()
 
 const widget = (name, value, linkedWidgets) => ({ name, value, linkedWidgets });
 const NODES = {
-  1: { comfyClass: "LoraXTransfer", widgets: [widget("rank", 8), widget("seed", 5, [widget("control", "randomize")])] },
+  1: { comfyClass: "LoraXTransfer", widgets: [widget("rank", 8), widget("strength", 1), widget("seed", 5, [widget("control", "randomize")])] },
   2: { comfyClass: "LoraXLoader", widgets: [widget("lora_name", "a.safetensors")] },
 };
 const old = (inputs) => isOld({ inputs }, (id) => NODES[id]);
@@ -57,6 +57,7 @@ test("what was computed from other widgets is old", () => {
   const entry = (class_type, inputs) => ({ class_type, inputs });
   expect(old({ 1: entry("LoraXTransfer", { rank: 8, seed: 4, gone: 1 }) })).toBe(false);
   expect(old({ 1: entry("LoraXTransfer", { rank: 9 }) })).toBe(true);
+  expect(old({ 1: entry("LoraXTransfer", { strength: 9 }) })).toBe(false);
   expect(old({ 2: entry("LoraXLoader", { lora_name: "b.safetensors" }) })).toBe(true);
   expect(old({ 2: entry("LoraLoader", { lora_name: "b.safetensors" }), 3: entry("X", { a: 1 }) })).toBe(false);
 });
