@@ -57,21 +57,21 @@ format: .venv/.dev  ## Format the code
 clean:  ## Remove .venv and everything that was made
 	rm -rf .venv .venv-oldest demo/out *.egg-info tests/web/node_modules screenshots
 
-.venv/.demo: pyproject.toml
+.venv/.demo: pyproject.toml core-requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
-.venv/.dev: pyproject.toml
+.venv/.dev: pyproject.toml core-requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/notcomfy notcomfy==0.1.0
 	@touch $@ .venv/.demo
 
 # What the package and its command line need, each at its lowest version, and what the tests need.
-OLDEST = $(shell sed -nE '/^(dependencies|cli) = /s/>=/==/gp' pyproject.toml | grep -oE '[a-z]+==[0-9.]+')
+OLDEST = $(shell sed -nE '/^(cli = |[a-z]+>=)/s/>=/==/gp' pyproject.toml core-requirements.txt | grep -oE '[a-z]+==[0-9.]+')
 
-.venv-oldest/.done: pyproject.toml
+.venv-oldest/.done: pyproject.toml core-requirements.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[cli]' $(OLDEST) \
 		hypothesis jsonschema pytest pytest-timeout pytest-xdist

@@ -1,9 +1,12 @@
 """What the registry of ComfyUI makes of the pack, by its own tool: it is valid, and its archive has what users need."""
 
+import re
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
+from setuptools.config.pyprojecttoml import apply_configuration
 
 import lorax
 
@@ -33,11 +36,27 @@ def test_the_registry_reads_the_pack_without_a_warning(capsys):
     assert "OS Independent" in found.project.supported_os
 
 
+def test_an_install_into_a_host_brings_no_torch_and_one_without_a_host_does():
+    """The registry reads `[project] dependencies`, its installers `requirements.txt`, pip what setuptools makes."""
+    found = parser.extract_node_configuration(str(ROOT / "pyproject.toml"))
+    assert found.project.dependencies == []
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == ['tomli>=2; python_version < "3.11"']
+    distribution = setuptools.Distribution()
+    apply_configuration(distribution, ROOT / "pyproject.toml")
+    assert {re.split("[>;]", need)[0] for need in distribution.install_requires} == {
+        "torch",
+        "safetensors",
+        "numpy",
+        "tomli",
+    }
+
+
 def test_the_archive_has_what_the_pack_needs_and_no_more(archive):
     tops = {name.partition("/")[0] for name in archive}
     assert tops == {
         "__init__.py", "nodes", "lorax", "web", "locales", "example_workflows", "pyproject.toml", "requirements.txt",
-        "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md", ".comfyignore",
+        "core-requirements.txt", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md", ".comfyignore",
     }  # fmt: skip
     for folder, pattern in (("web/docs", "*.md"), ("lorax/models/tables", "*.toml"), ("locales", "*/*.json")):
         inside = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(pattern)}
