@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-import gguf
+import gguf  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file
 
 PREFIX = "model.diffusion_model."

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
-from importlib import import_module
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,9 +206,10 @@ def _package(got: str) -> Any:
         got: What asks for it.
     """
     try:
-        return import_module("gguf")
+        import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise FileError("quantised GGUF weights need the package gguf", got, "pip install gguf") from error
+    return gguf
 
 
 def _dequantised(gguf: Any, blocks: Any, kind: Any, got: str) -> Any:
