@@ -7,6 +7,7 @@ import { isOld, keep, keptOf, remember, typeIn } from "./kept.js";
 import { lossView } from "./loss_view.js";
 import { noticeOf } from "./notice.js";
 import { keptShares, readReport } from "./report_data.js";
+import { watchQueue } from "./owners.js";
 import { packReport } from "./report_pack.js";
 import { reportView } from "./report_view.js";
 import { similarityView } from "./similarity_view.js";
@@ -67,10 +68,7 @@ const views = new WeakMap();
 const notices = new WeakMap();
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let telling; // the timer of `tellSoon`
-/** @type {Map<unknown, HostWorkflow | null | undefined>} */
-const owners = new Map(); // id of a prompt -> the workflow that it came from, which need not be shown any more
-/** @type {HostWorkflow | null | undefined} */
-let asking; // the workflow whose prompt is on its way to the server: word of it may come before its id
+const ownerOf = watchQueue(api, shownWorkflow);
 /** @type {unknown} */
 let running; // id of the prompt that runs
 
@@ -282,23 +280,6 @@ function shownWorkflow() {
   return app.extensionManager?.workflow?.activeWorkflow;
 }
 
-/** Remember of every prompt that is queued which workflow it came from. */
-function watchQueue() {
-  const { queuePrompt } = api;
-  api.queuePrompt = async (...values) => {
-    const workflow = shownWorkflow();
-    asking = workflow;
-    const answer = await queuePrompt.apply(api, values).finally(() => (asking = null));
-    owners.set(answer?.prompt_id, workflow);
-    return answer;
-  };
-}
-
-/** @param {unknown} prompt */
-function ownerOf(prompt) {
-  return owners.get(prompt) ?? asking ?? shownWorkflow();
-}
-
 /**
  * Return a node of the workflow that a prompt came from; none while another one is shown, whose ids are the same.
  * @param {unknown} id
@@ -336,13 +317,14 @@ function showResult({ prompt_id, node, display_node, output }) {
   const workflow = ownerOf(prompt_id);
   const shown = nodeOf(id, prompt_id);
   const type = shown ? shown.comfyClass : typeIn(workflow?.changeTracker?.activeState, id);
-  const view = type && Object.hasOwn(NODES, type) ? NODES[type] : null;
-  const data = view && output?.[view.key]?.[0];
-  if (!view || data === undefined) return;
+  if (!type || !Object.hasOwn(NODES, type)) return;
+  const view = NODES[type];
+  const data = output?.[view.key]?.[0];
+  if (data === undefined) return;
   const take = () => {
     const kept = { data: view.pack ? view.pack(data) : data, inputs: output?.lorax_inputs?.[0] };
     if (shown) showNew(shown, kept);
-    remember(workflow, id, { type, size: shown?.size }, kept);
+    remember(workflow, id, type, kept);
   };
   if (shown) withView(shown, take);
   else take();
@@ -476,7 +458,6 @@ app.registerExtension({
     tellAll("followReports");
   },
   setup() {
-    watchQueue();
     api.addEventListener("execution_start", ({ detail }) => {
       running = detail.prompt_id;
       endNotices(running, (kind) => kind !== "");
@@ -486,10 +467,7 @@ app.registerExtension({
     api.addEventListener("progress_text", ({ detail }) => queueMicrotask(() => withoutText(detail)));
     api.addEventListener("execution_error", ({ detail }) => showError(detail));
     for (const type of ["execution_error", "execution_interrupted", "execution_success"]) {
-      api.addEventListener(type, ({ detail }) => {
-        endNotices(detail.prompt_id, (kind) => kind === "busy");
-        owners.delete(detail.prompt_id);
-      });
+      api.addEventListener(type, ({ detail }) => endNotices(detail.prompt_id, (kind) => kind === "busy"));
     }
     api.addEventListener("lorax.loss", ({ detail }) => {
       const node = nodeOf(detail.node, running);

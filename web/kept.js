@@ -29,17 +29,16 @@ export function keep(node, values) {
 
 /**
  * Put the result of a node into all states that the front end remembers of a workflow, so that undo, redo, and coming
- * back from another workflow find it. A result is no step of the user, and makes none for undo; neither does the room
- * that it takes.
+ * back from another workflow find it. A result is no step of the user, and makes none for undo.
  * @param {HostWorkflow | null | undefined} workflow
  * @param {string} id of the node, as the server gives it
- * @param {{ type?: string, size?: ArrayLike<number> }} node
+ * @param {string} type of the node
  * @param {Kept} values
  */
-export function remember(workflow, id, node, values) {
+export function remember(workflow, id, type, values) {
   const tracker = workflow?.changeTracker;
   if (!tracker?.activeState) return;
-  const put = (/** @type {HostState} */ state) => withKept(state, id, node, values);
+  const put = (/** @type {HostState} */ state) => withKept(state, id, type, values);
   tracker.activeState = put(tracker.activeState);
   tracker.undoQueue = tracker.undoQueue.map(put);
   tracker.redoQueue = tracker.redoQueue.map(put);
@@ -50,19 +49,15 @@ export function remember(workflow, id, node, values) {
  * Return a state of a workflow in which a node keeps other values; the state itself stays as it is.
  * @param {HostState} state
  * @param {string} id
- * @param {{ type?: string, size?: ArrayLike<number> }} node what it must be, and the room that it must have
+ * @param {string} type of the node; one of another type keeps what it has
  * @param {Kept} values
  * @returns {HostState}
  */
-export function withKept(state, id, { type, size = [0, 0] }, values) {
+export function withKept(state, id, type, values) {
   const { graph, node } = placeIn(state, id);
   if (!graph || !node || node.type !== type) return state;
   const kept = /** @type {Kept} */ (node.properties?.[KEPT] ?? {});
-  const changed = {
-    ...node,
-    size: [0, 1].map((i) => Math.max(node.size?.[i] ?? 0, size[i])),
-    properties: { ...node.properties, [KEPT]: { ...kept, ...values } },
-  };
+  const changed = { ...node, properties: { ...node.properties, [KEPT]: { ...kept, ...values } } };
   const nodes = graph.nodes?.map((one) => (one === node ? changed : one));
   if (graph === state) return { ...state, nodes };
   const subgraphs = state.definitions?.subgraphs?.map((one) => (one === graph ? { ...one, nodes } : one));

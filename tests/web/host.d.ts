@@ -37,7 +37,6 @@ interface HostGraph {
 interface HostStateNode {
   id: number | string;
   type: string;
-  size?: ArrayLike<number>;
   properties?: Record<string, unknown>;
 }
 

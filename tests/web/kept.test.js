@@ -2,7 +2,7 @@ import { expect, test } from "vitest";
 
 import { isOld, keptOf, remember, typeIn, withKept } from "../../web/kept.js";
 
-const node = (id, type, rest = {}) => ({ id, type, size: [100, 50], properties: {}, ...rest });
+const node = (id, type, rest = {}) => ({ id, type, properties: {}, ...rest });
 const STATE = {
   nodes: [node(1, "LoraXTransfer"), node(2, "inner"), node("7", "LoraXLoader", { properties: { lorax: { state: 5 } } })],
   definitions: { subgraphs: [{ id: "inner", nodes: [node(1, "LoraXApply")] }], other: 1 },
@@ -14,15 +14,14 @@ const frozen = (value) => {
 frozen(STATE);
 
 test("a state gets what a node keeps, and is not changed itself", () => {
-  const found = withKept(STATE, "7", { type: "LoraXLoader", size: [90, 80] }, { data: "said" });
+  const found = withKept(STATE, "7", "LoraXLoader", { data: "said" });
   expect(found.nodes[2].properties.lorax).toEqual({ state: 5, data: "said" });
-  expect(found.nodes[2].size).toEqual([100, 80]);
   expect(found.nodes[0]).toBe(STATE.nodes[0]);
 });
 
 test("a node inside of a subgraph is found by the server's id", () => {
   expect(typeIn(STATE, "2:1")).toBe("LoraXApply");
-  const found = withKept(STATE, "2:1", { type: "LoraXApply" }, { data: 1 });
+  const found = withKept(STATE, "2:1", "LoraXApply", { data: 1 });
   expect(found.definitions.subgraphs[0].nodes[0].properties.lorax).toEqual({ data: 1 });
   expect(found.definitions.other).toBe(1);
   expect(found.nodes).toBe(STATE.nodes);
@@ -30,20 +29,20 @@ test("a node inside of a subgraph is found by the server's id", () => {
 
 test.each([["9"], ["2:9"], ["1:1"], ["2:1:1"], [""], ["undefined"]])("no node %s: the state stays", (id) => {
   expect(typeIn(STATE, id)).toBe(undefined);
-  expect(withKept(STATE, id, {}, { data: 1 })).toBe(STATE);
+  expect(withKept(STATE, id, "LoraXApply", { data: 1 })).toBe(STATE);
 });
 
 test("a node of another type under the same id keeps what it has", () => {
-  expect(withKept(STATE, "1", { type: "LoraXApply" }, { data: 1 })).toBe(STATE);
+  expect(withKept(STATE, "1", "LoraXApply", { data: 1 })).toBe(STATE);
 });
 
 test("all states of a workflow remember a result, and the front end is told", () => {
   let told = 0;
   const tracker = { activeState: STATE, undoQueue: [STATE, STATE], redoQueue: [{ nodes: [] }], updateModified: () => told++ };
-  remember({ changeTracker: tracker }, "1", { type: "LoraXTransfer" }, { data: 1 });
+  remember({ changeTracker: tracker }, "1", "LoraXTransfer", { data: 1 });
   for (const state of [tracker.activeState, ...tracker.undoQueue]) expect(keptOf(state.nodes[0]).data).toBe(1);
   expect([tracker.redoQueue, told]).toEqual([[{ nodes: [] }], 1]);
-  for (const nothing of [null, undefined, {}, { changeTracker: {} }]) remember(nothing, "1", {}, {});
+  for (const nothing of [null, undefined, {}, { changeTracker: {} }]) remember(nothing, "1", "LoraXApply", {});
 });
 
 const widget = (name, value, linkedWidgets) => ({ name, value, linkedWidgets });
