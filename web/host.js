@@ -4,6 +4,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { isOld, keep, keptOf, remember, typeIn } from "./kept.js";
+import { settersOf, takersOf } from "./links.js";
 import { lossView } from "./loss_view.js";
 import { noticeOf } from "./notice.js";
 import { keptShares, readReport } from "./report_data.js";
@@ -11,6 +12,7 @@ import { watchQueue } from "./owners.js";
 import { packReport } from "./report_pack.js";
 import { reportView } from "./report_view.js";
 import { similarityView } from "./similarity_view.js";
+import { colourSockets } from "./sockets.js";
 import { textView } from "./text_view.js";
 import { say, speak } from "./texts.js";
 
@@ -132,26 +134,9 @@ function attachReport(node) {
   return { ...view, show, follow: view.showStrength, followReports: view.showStrength };
 }
 
-/**
- * Return the nodes that take what an output of a node gives, through reroutes, each once.
- * @param {HostNode} node
- * @param {number} slot
- * @param {Set<HostNode>} seen
- */
-function takers(node, slot, seen = new Set()) {
-  for (const id of node.outputs?.[slot]?.links ?? []) {
-    const link = node.graph?.getLink?.(id) ?? node.graph?.links?.[id];
-    const taker = link && node.graph?.getNodeById(link.target_id);
-    if (!taker || seen.has(taker)) continue;
-    seen.add(taker);
-    if (taker.type === "Reroute") takers(taker, 0, seen);
-  }
-  return [...seen];
-}
-
 /** @param {HostNode} node */
 function transfersOf(node) {
-  return takers(node, 0).filter(({ type }) => type === TRANSFER);
+  return takersOf(node, TRANSFER, "similarity", allNodes());
 }
 
 /**
@@ -167,19 +152,18 @@ function thresholds(node) {
  * @param {HostNode} node
  */
 function strengths(node) {
-  const applying = node.type === MOVE ? [node] : takers(node, 0).filter(({ type }) => type === APPLY);
+  const applying = node.type === MOVE ? [node] : takersOf(node, APPLY, "adapter", allNodes());
   return freeWidgets(applying, "strength");
 }
 
 /**
- * Return the widgets of a name, but for those that a link gives the value.
+ * Return the widgets that set a value of nodes; none where a link gives it.
  * @param {HostNode[]} nodes
  * @param {string} name
  */
 function freeWidgets(nodes, name) {
-  return nodes
-    .filter(({ inputs }) => !inputs?.some(({ widget, link }) => widget?.name === name && link != null))
-    .flatMap(({ widgets }) => widgets?.filter((widget) => widget.name === name) ?? []);
+  const all = allNodes();
+  return nodes.flatMap((node) => settersOf(node, name, all));
 }
 
 /**
@@ -397,7 +381,7 @@ function forward(element) {
       app.canvas.processMouseWheel(event);
     }
   });
-  /** @type {["pointerdown" | "pointermove" | "pointerup", keyof HostCanvas][]} */
+  /** @type {["pointerdown" | "pointermove" | "pointerup", "processMouseDown" | "processMouseMove" | "processMouseUp"][]} */
   const moves = [
     ["pointerdown", "processMouseDown"],
     ["pointermove", "processMouseMove"],
@@ -458,6 +442,7 @@ app.registerExtension({
     tellAll("followReports");
   },
   setup() {
+    colourSockets(app.canvas);
     api.addEventListener("execution_start", ({ detail }) => {
       running = detail.prompt_id;
       endNotices(running, (kind) => kind !== "");
@@ -475,6 +460,9 @@ app.registerExtension({
       keep(node, { data: { steps: detail.steps, losses: detail.losses, total: detail.total } });
       showKept(node);
     });
-    api.addEventListener("graphChanged", () => allNodes().forEach(markOld));
+    api.addEventListener("graphChanged", () => {
+      allNodes().forEach(markOld);
+      tellAll("follow"); // a widget that it follows may stand on a subgraph
+    });
   },
 });

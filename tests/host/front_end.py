@@ -162,7 +162,7 @@ def threshold_widget(page):
 
 
 def nothing_wrong(page, host):
-    assert page.errors == []
+    assert page.errors == [], page.errors
     assert {urlsplit(url).netloc for url in page.requests if not url.startswith(("blob:", "data:"))} == {
         urlsplit(host.url).netloc
     }

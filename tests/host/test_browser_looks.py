@@ -1,6 +1,7 @@
 """How the nodes look that a user adds by hand, in both canvases and themes: room for what they show, from the start."""
 
 import json
+import re
 
 import pytest
 from chromium import overlaps, picture
@@ -83,7 +84,7 @@ def test_nodes_added_by_hand(host, browser, info, vue, theme):
         page.wait_for_timeout(1000)
         picture(page, f"added-{'vue' if vue else 'classic'}-{theme}")
         assert page.evaluate(SIZES) == before
-        assert page.locator(".lorax-message:visible").count() == 0
+        assert page.locator(".lorax-bars").count() == 3  # of Similarity, Transfer and Move LoRA
         assert overlaps(page) == []
         nothing_wrong(page, host)
 
@@ -138,4 +139,34 @@ def test_details_are_there_for_what_is_looked_at(host, browser):
         rows.nth(1).click()
         page.mouse.move(1600, 1200)
         assert "pinned" in details.inner_text()
+        nothing_wrong(page, host)
+
+
+DRAWN = """type => {
+    const node = app.graph.nodes.find((one) => one.type === type);
+    const links = app.canvas.constructor.link_type_colors;
+    return [node.outputs[0].renderingColor(app.canvas.colourGetter), links[node.outputs[0].type]];
+}"""
+
+
+DOTS = """() => app.graph.nodes.map(({ id }) => {
+    const dot = document.querySelector(`[data-node-id="${id}"] [data-slot-key$="-out-0"]`);
+    const parts = getComputedStyle(dot).backgroundColor.match(/\\d+/g);
+    return `#${parts.map((part) => Number(part).toString(16).padStart(2, "0")).join("")}`;
+})"""
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_our_sockets_and_links_have_colours_of_their_own_in_every_palette(host, browser, vue):
+    kinds = ["LoraXLoader", "LoraXSimilarity", "LoraXBase"]
+    with front_end(host, browser, vue) as page:
+        build(page, *((kind, [0, 300 * i], {}, {}) for i, kind in enumerate(kinds)))
+        for theme in ("light", "dark"):
+            page.evaluate("theme => app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+            page.wait_for_timeout(500)
+            drawn = [page.evaluate(DRAWN, kind) for kind in kinds]
+            sockets = page.evaluate(DOTS) if vue else [socket for socket, _ in drawn]
+            assert sockets == [link for _, link in drawn]
+            assert len(set(sockets)) == 3
+            assert all(re.fullmatch("#[0-9a-f]{6}", socket) for socket in sockets)
         nothing_wrong(page, host)

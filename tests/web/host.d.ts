@@ -15,20 +15,28 @@ interface HostNode {
   size: number[];
   graph?: HostGraph;
   subgraph?: HostGraph;
-  inputs?: { widget?: { name: string }; link: number | null }[];
-  outputs?: { links?: number[] | null }[];
+  inputs?: { name: string; widget?: { name: string } }[];
   widgets?: HostWidget[];
   computeSize(): number[];
   setSize(size: number[]): void;
   addDOMWidget(name: string, type: string, element: HTMLElement, options: Record<string, unknown>): HostWidget;
   removeWidget(widget: HostWidget): void;
+  getInputLink(slot: number): HostLink | null;
 }
 
+interface HostLink {
+  id: number;
+  origin_id: number | string;
+  origin_slot: number;
+}
+
+declare const LiteGraph: { LGraphNode: { prototype: HostNode } };
+
 interface HostGraph {
+  id: string;
   nodes?: HostNode[];
-  links?: Record<number, { target_id: number }>;
   subgraphs?: Map<string, HostGraph>;
-  getLink?(id: number): { target_id: number } | undefined;
+  outputs?: { getLinks(): HostLink[] }[];
   getNodeById(id: number | string): HostNode | null;
   setDirtyCanvas(front: boolean, back: boolean): void;
 }
@@ -58,10 +66,14 @@ interface HostWorkflow {
   };
 }
 
-type HostCanvas = Record<
-  "processMouseWheel" | "processMouseDown" | "processMouseMove" | "processMouseUp",
-  (event: Event) => void
->;
+type HostCanvas = {
+  processMouseWheel(event: Event): void;
+  processMouseDown(event: Event): void;
+  processMouseMove(event: Event): void;
+  processMouseUp(event: Event): void;
+  default_connection_color_byType: Record<string, string>;
+  constructor: { link_type_colors: Record<string, string> };
+};
 
 /** A `locales/<language>/main.json`. */
 interface HostTexts {
