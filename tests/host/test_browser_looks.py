@@ -30,7 +30,7 @@ ADD = """kinds => {
     ];
     const [base, tuned, latent, caption] = feeds;
     const made = kinds.map(([type]) => add(type, [0, 0], VALUES));
-    let [x, y, next] = [0, 0, 0];
+    let [x, y, next] = [0, 60, 0];
     for (const node of [...made].sort((a, b) => b.size[1] - a.size[1])) {
         if (x + node.size[0] > WIDTH) [x, y] = [0, next];
         node.pos = [x, y];
