@@ -37,19 +37,22 @@ def adapter_path(name: str) -> str:
 
 
 def base_files() -> list[str]:
-    """Return the base models in the host's folders, as `<folder>/<name>`: of a model in parts the first one.
+    """Return the base models in the host's folders, each name once: of a model in parts the first file.
 
-    Those that the host's own loaders never list are among them (GGUF), pickles are not.
+    Those that the host's own loaders never list are among them (GGUF), pickles are not. A name that an earlier folder
+    has too begins with its folder.
     """
     import folder_paths
 
     found: dict[str, None] = {}
     for folder in BASE_FOLDERS:
+        names: dict[str, None] = {}
         for root in folder_paths.get_folder_paths(folder):
             for name in sorted(folder_paths.recursive_search(root, [".git"])[0], key=natural_order):
                 part = SHARD.search(name)
                 if name.lower().endswith(BASE_ENDINGS) and (part is None or int(part[1]) == 1):
-                    found[f"{folder}/{name}"] = None
+                    names[name] = None
+        found |= {f"{folder}/{name}" if name in found else name: None for name in names}
     return list(found)
 
 
@@ -59,8 +62,13 @@ def base_path(name: str) -> str:
     Raises:
         FormatError: There is no such file.
     """
+    import folder_paths
+
+    for folder in BASE_FOLDERS:
+        if path := folder_paths.get_full_path(folder, name):
+            return path
     folder, _, inside = name.partition("/")
-    return _path(folder, inside) if folder in BASE_FOLDERS else _path("checkpoints", name)
+    return _path(folder, inside) if folder in BASE_FOLDERS else _path(BASE_FOLDERS[0], name)
 
 
 def _path(folder: str, name: str) -> str:

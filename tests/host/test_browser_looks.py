@@ -8,7 +8,7 @@ from chromium import overlaps, picture
 from front_end import NODE, at_scale, build, front_end, nothing_wrong, queue
 
 VALUES = {"lora_name": "sd15-style.safetensors", "steps": 20, "training_dtype": "fp32", "folder": "output"}
-VALUES |= {"base_name": "checkpoints/sd15-base.safetensors"}
+VALUES |= {"base_name": "sd15-base.safetensors"}
 # Every node of the pack beside what feeds it, as adding and connecting by hand makes them.
 ADD = """kinds => {
     app.graph.clear();
@@ -30,7 +30,7 @@ ADD = """kinds => {
     ];
     const [base, tuned, latent, caption] = feeds;
     const made = kinds.map(([type]) => add(type, [0, 0], VALUES));
-    let [x, y, next] = [0, 60, 0];
+    let [x, y, next] = [0, 0, 0];
     for (const node of [...made].sort((a, b) => b.size[1] - a.size[1])) {
         if (x + node.size[0] > WIDTH) [x, y] = [0, next];
         node.pos = [x, y];

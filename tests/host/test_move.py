@@ -12,12 +12,16 @@ STYLE = "sd15-style.safetensors"
 
 
 def base(name="sd15-base"):
-    return node("LoraXBase", base_name=f"checkpoints/{name}.safetensors")
+    return node("LoraXBase", base_name=f"{name}.safetensors")
 
 
 def move(model, lora=STYLE, source="sd15-base", strength=1.0, **more):
-    name = f"checkpoints/{source}.safetensors"
+    name = f"{source}.safetensors"
     return node("LoraXMove", model=model, lora_name=lora, base_name=name, strength=strength, **more)
+
+
+def compared():
+    return node("LoraXSimilarity", source=["1", 0], target=["2", 0], rank=0, layers="attention")
 
 
 def moved(last, **nodes):
@@ -44,14 +48,12 @@ def test_bases_are_offered_once_and_no_pickles(host):
     finally:
         for name in names:
             (folder / name).unlink()
-    there = [name.removeprefix("checkpoints/") for name in offered[0] if name.startswith("checkpoints/")]
+    there = [name for name in offered[0] if "/" not in name]
     assert {"big-00001-of-00002.safetensors", "small.gguf", "sd15-base.safetensors"} <= set(there)
     assert not set(there) & {"old.ckpt", "old.pt", "big-00002-of-00002.safetensors"}
-    assert len(offered[0]) == len(set(offered[0]))
-    # The tests' folder of diffusion models is a link to that of the checkpoints.
-    assert (
-        offered[0] == offered[1] == [f"{kind}/{name}" for kind in ("checkpoints", "diffusion_models") for name in there]
-    )
+    # The tests' folder of diffusion models is a link to that of the checkpoints: each name is there twice.
+    both = there + [f"diffusion_models/{name}" for name in there]
+    assert offered == [both, both]
 
 
 @pytest.mark.parametrize("method", ["auto", "project"])
@@ -67,13 +69,18 @@ def test_a_base_from_a_file_gives_what_the_loaded_model_gives(host, method):
 
 def test_every_node_that_reads_a_base_takes_a_file(host):
     adapter = {"3": node("LoraXLoader", lora_name=STYLE), "1": base(), "2": base("sd15-tuned")}
-    compared = node("LoraXSimilarity", source=["1", 0], target=["2", 0], rank=0, layers="attention")
     converted = node("LoraXConvert", adapter=["3", 0], source=["1", 0], rank=16)
     written = save(adapter=["5", 0], model=["1", 0])
     shown = {"7": node("PreviewAny", source=["4", 2])}
-    result = host.run(adapter | {"4": compared, "5": converted, "6": written} | shown)
+    result = host.run(adapter | {"4": compared(), "5": converted, "6": written} | shown)
     assert result.ok, result.messages
     assert re.search(r"attn1.to_q: 0\.\d{3}", result.outputs["7"]["text"][0])
+
+
+def test_a_name_that_two_folders_have_is_told_by_its_folder(host):
+    prompt = {"1": node("LoraXBase", base_name="diffusion_models/sd15-base.safetensors")}
+    result = host.run(prompt | {"2": base("sd15-tuned"), "4": compared(), "7": node("PreviewAny", source=["4", 2])})
+    assert result.ok, result.messages
 
 
 def test_a_clip_beside_a_base_from_a_file_is_an_error_that_says_what_to_do(host):
