@@ -71,6 +71,8 @@ const notices = new WeakMap();
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let telling; // the timer of `tellSoon`
 const ownerOf = watchQueue(api, shownWorkflow);
+/** @type {Map<string, HTMLElement>} */
+let inPlace = new Map(); // ids of a graph and a node -> the view
 /** @type {unknown} */
 let running; // id of the prompt that runs
 
@@ -213,7 +215,24 @@ function allNodes() {
 /** Tell once of many changes: a workflow that is loaded makes one for every link. */
 function tellSoon() {
   clearTimeout(telling);
-  telling = setTimeout(() => tellAll("followReports"));
+  telling = setTimeout(() => {
+    putInPlace();
+    tellAll("followReports");
+  });
+}
+
+/** Put views where those of nodes before them still stand: Vue nodes keep them for new nodes of the same id, as after undo. */
+function putInPlace() {
+  const before = inPlace;
+  inPlace = new Map();
+  for (const node of allNodes()) {
+    const element = views.get(node)?.element;
+    if (!element) continue;
+    const key = `${node.graph?.id} ${node.id}`;
+    const old = before.get(key);
+    if (old?.isConnected && !element.isConnected) old.replaceWith(element);
+    inPlace.set(key, element);
+  }
 }
 
 /**
@@ -440,6 +459,7 @@ app.registerExtension({
   },
   afterConfigureGraph() {
     tellAll("followReports");
+    tellSoon();
   },
   setup() {
     colourSockets(app.canvas);
@@ -461,6 +481,7 @@ app.registerExtension({
       showKept(node);
     });
     api.addEventListener("graphChanged", () => {
+      putInPlace();
       allNodes().forEach(markOld);
       tellAll("follow"); // a widget that it follows may stand on a subgraph
     });

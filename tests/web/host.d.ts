@@ -9,6 +9,7 @@ interface HostWidget {
 }
 
 interface HostNode {
+  id: number | string;
   type: string;
   comfyClass: string;
   properties: Record<string, unknown>;
