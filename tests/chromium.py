@@ -1,11 +1,13 @@
 """A real browser for the tests: the system's Chromium, driven by Playwright, watched for errors and requests."""
 
+import io
 import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 PICTURES = Path(os.environ.get("LORAX_SCREENSHOTS", Path(__file__).resolve().parents[1] / "screenshots"))
 WORDS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -45,6 +47,16 @@ def picture(page, name, **options):
     """Keep a screenshot, to be looked at."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=PICTURES / f"{name}.png", **options)
+
+
+def moving_picture(name, frames):
+    """Keep screenshots as one moving picture: each with the milliseconds that it stands. Return its path."""
+    pictures = [Image.open(io.BytesIO(png)).convert("RGB") for png, _ in frames]
+    path = PICTURES / f"{name}.webp"
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    times = [time for _, time in frames]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0, quality=60, method=4)
+    return path
 
 
 def overlaps(page):

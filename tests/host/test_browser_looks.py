@@ -30,7 +30,7 @@ ADD = """kinds => {
     ];
     const [base, tuned, latent, caption] = feeds;
     const made = kinds.map(([type]) => add(type, [0, 0], VALUES));
-    let [x, y, next] = [0, 0, 0];
+    let [x, y, next] = [0, 60, 0];
     for (const node of [...made].sort((a, b) => b.size[1] - a.size[1])) {
         if (x + node.size[0] > WIDTH) [x, y] = [0, next];
         node.pos = [x, y];
@@ -64,6 +64,7 @@ RESIZE = f"""width => {{
     node.setSize([width, node.size[1]]);
     app.graph.setDirtyCanvas(true, true);
 }}"""
+WHOLE = "all => all.map((one) => one.scrollWidth <= one.clientWidth && one.scrollHeight <= one.clientHeight)"
 SIZES = "() => window.added.map(({ type, size }) => [type, ...size])"
 
 
@@ -85,6 +86,7 @@ def test_nodes_added_by_hand(host, browser, info, vue, theme):
         picture(page, f"added-{'vue' if vue else 'classic'}-{theme}")
         assert page.evaluate(SIZES) == before
         assert page.locator(".lorax-bars").count() == 3  # of Similarity, Transfer and Move LoRA
+        assert page.eval_on_selector_all(".lorax-title", WHOLE) == [True] * 3
         assert overlaps(page) == []
         nothing_wrong(page, host)
 
