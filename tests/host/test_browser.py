@@ -250,6 +250,8 @@ BLOCKS = [f"unet.{i}" for i in range(60_000)]
 STATES = [5, "x", [], {"pinned": 5, "outcome": 5, "group": {}, "stage": 7}, {"threshold": None}, {"threshold": "x"}]
 STATES += [{"pinned": None, "threshold": 1e308}, {"pinned": {"split": 1}, "outcome": "toString", "group": "__proto__"}]
 HOSTILE = [{kind: {"data": data, "state": state} for kind, data in SOUND.items()} for state in STATES]
+PROMPTS = [5, "x", [[]], {"1": None}, {"1": {"class_type": "CheckpointLoaderSimple", "inputs": 5}}, {"1:2:3": {}}]
+HOSTILE += [{kind: {"data": data, "inputs": prompt} for kind, data in SOUND.items()} for prompt in PROMPTS]
 HOSTILE += [{kind: value for kind in SOUND} for value in (5, "lorax", [], {"data": None}, {"state": 5})]
 HOSTILE += [
     {
