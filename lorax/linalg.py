@@ -186,7 +186,7 @@ def near_one(tensor: Tensor) -> Tensor:
 
     No bit of a number changes, so that what does not depend on the scale stays the same to the last bit.
     """
-    exponent = math.frexp(float(torch.linalg.vector_norm(tensor, torch.inf)))[1]
+    exponent = math.frexp(max(-float(tensor.amin()), float(tensor.amax())))[1]  # the norm of torch is slower
     if abs(exponent) <= SQUARED:
         return tensor
     return tensor * 2.0 ** min(max(-exponent, -126), 126)  # the power itself is a float32

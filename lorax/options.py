@@ -81,6 +81,8 @@ class Run(Choice):
 RANK = 320
 # Of a LoRA that is made of an update of another kind. Ours: no published rule; the report shows what it keeps.
 LORA_RANK = 64
+# Columns of the sketches by which wide layers are compared; docs/performance.md has the accuracy of others.
+SKETCH = 64
 # What unrelated layers score after the correction: a layer that is no better than chance gets no update.
 THRESHOLD = 0.0
 # A step of AdamW moves a singular value by about this much. Ours: no published figure.
@@ -125,6 +127,8 @@ class TransferOptions:
         naming: How the result spells its layers; `keep`: as the input.
         dtype: Of the factors of the result; `keep` takes that of the input. Half precision rounds by 3e-4.
         fast: Find the subspaces that are only projected on about twice as fast; see `lorax.linalg.leading_subspace`.
+        exact: Compare wide layers by their whole Gram matrices, not by sketches, which give estimates with a standard
+            error; see `lorax.pair_scores`.
         strict: Fail unless all layers of the file arrive, those that could not be read too.
 
     Raises:
@@ -160,6 +164,9 @@ class TransferOptions:
     fast: bool = field(
         default=False, metadata={"help": "Subspaces about twice as fast, the update right to about 1e-4."}
     )
+    exact: bool = field(
+        default=False, metadata={"help": "Compare wide layers exactly, which takes several times as long."}
+    )
     strict: bool = field(default=False, metadata={"help": "Fail unless every layer of the file arrives."})
 
     def __post_init__(self) -> None:
@@ -176,6 +183,11 @@ class TransferOptions:
     def subspace_rank(self) -> int:
         """How many singular triplets make a leading subspace: `rank`, or its default."""
         return RANK if self.rank is None else self.rank
+
+    @property
+    def sketch(self) -> int | None:
+        """How many columns the sketches have by which wide layers are compared; None: they are compared exactly."""
+        return None if self.exact else SKETCH
 
     def changed(self, given: Mapping[str, object]) -> "TransferOptions":
         """Return them with others by name, each of the type of the option; a choice may be its word.

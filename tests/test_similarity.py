@@ -70,7 +70,7 @@ def test_the_size_of_a_weight_does_not_count_however_small_or_large(size, rank, 
         for side, score in enumerate(pair_scores(small, large, rank)):
             assert score.phi == pytest.approx(phi_by_singular_vectors(small, large, side, rank), abs=1e-4)
             assert score.chance == pytest.approx(pair_scores(A, B, rank)[side].chance, abs=1e-4)
-        monkeypatch.setattr("lorax.compare.similarity.GRAM_LIMIT", 4)  # products of weights
+        monkeypatch.setattr("lorax.compare.sides.GRAM_LIMIT", 4)  # products of weights
 
 
 def test_chance_level_is_what_unrelated_weights_score():
@@ -98,7 +98,7 @@ def test_all_pairs_of_two_bases(bases, monkeypatch):
     whole = compare_bases(source, target, attention_only=False)
     # Small budgets and Gram limits take the other two paths: sources in several portions, products instead of Grams.
     monkeypatch.setattr("lorax.compare.similarity.BUDGET_BYTES", 1)
-    monkeypatch.setattr("lorax.compare.similarity.GRAM_LIMIT", 40)
+    monkeypatch.setattr("lorax.compare.sides.GRAM_LIMIT", 40)
     again = compare_bases(source, target, attention_only=False)
     kinds = {layer.kind for layer in source.layers.values()}
     assert {kind.kind.split(":")[1] for kind in whole.kinds} == kinds

@@ -20,9 +20,9 @@ from ..errors import FormatError
 from ..files.tensorfile import read_json
 from ..models.base import Base
 from ..models.layers import Layer, LayerTable
-from ..options import Matching, choice
+from ..options import SKETCH, Matching, choice
 from ..progress import Progress, counter, silent
-from .scores import Array, Scores, check_pairs, mean_corrected
+from .scores import ERRORS, Array, Scores, check_pairs, mean_corrected, mean_error
 from .similarity import score_layers
 
 ASSIGNMENT_SCHEMA = "lorax-assignment"
@@ -109,6 +109,7 @@ def match_bases(
     matching: str = "auto",
     *,
     scores: Scores | None = None,
+    sketch: int | None = SKETCH,
     engine: Engine = CPU,
     progress: Progress = silent,
 ) -> Assignment:
@@ -122,6 +123,8 @@ def match_bases(
             most similar module of the same role in the stage, in any order and as often as it comes (the published
             rule).
         scores: What is known of these two bases, which is not computed again; what is computed is added.
+        sketch: Columns of the sketches by which wide layers are compared (see `lorax.pair_scores`); where these leave
+            open which of two blocks is the better one, the stage is compared exactly. None compares all exactly.
         engine: How and where to compute.
         progress: Called with (done, total, layer name).
 
@@ -153,7 +156,11 @@ def match_bases(
     tick = counter(progress, sum(len(s) + len(t) for s, t in new))
     with engine.remembering(source, target):
         for sources, targets in new:
-            scores.add(sources, targets, score_layers(source, target, sources, targets, engine=engine, tick=tick))
+            sides = score_layers(source, target, sources, targets, sketch=sketch, engine=engine, tick=tick)
+            scores.add(sources, targets, sides)
+        for blocks in compared:
+            for sources, targets in _roles(*blocks) if _is_open(*blocks, scores) else ():
+                scores.add(sources, targets, score_layers(source, target, sources, targets, engine=engine))
     for blocks_s, blocks_t in compared:
         found, way = (_argmax if matching is Matching.argmax else _in_order)(blocks_s, blocks_t, scores)
         pairs |= found
@@ -202,10 +209,31 @@ def _roles(blocks_s: list[_Block], blocks_t: list[_Block]) -> list[tuple[list[La
     return [(sources, targets) for sources, targets in both if targets]
 
 
+def _is_open(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> bool:
+    """Whether the errors of estimated scores leave open which block of the source is the most similar to one."""
+    values, errors = _block_values(blocks_s, blocks_t, scores)
+    if not errors.any():
+        return False
+    values = np.nan_to_num(values, nan=-np.inf)
+    for value, error in zip(values.T, errors.T, strict=True):
+        best = int(value.argmax())
+        apart = ERRORS * np.hypot(error, error[best])
+        others = np.arange(len(value)) != best
+        if value[best] > ERRORS * error[best] and (value[best] - value < apart)[others].any():
+            return True
+    return False
+
+
 def _values(sources: list[Layer], targets: list[Layer], scores: Scores) -> Array:
     """Return the mean corrected similarity of both sides, `[sources, targets]`; NaN where no side can be compared."""
     sides = scores.sides(sources, targets)
     return np.full((len(sources), len(targets)), np.nan) if sides is None else mean_corrected(sides)
+
+
+def _errors(sources: list[Layer], targets: list[Layer], scores: Scores) -> Array | None:
+    """Return the standard errors of `_values`; None where all are exact."""
+    sides = scores.sides(sources, targets)
+    return None if sides is None or all(side.error is None for side in sides) else np.nan_to_num(mean_error(sides))
 
 
 def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[dict[str, str], str]:
@@ -218,7 +246,7 @@ def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> t
 
 
 def _in_order(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[dict[str, str], str]:
-    table = _block_values(blocks_s, blocks_t, scores)
+    table, _ = _block_values(blocks_s, blocks_t, scores)
     if np.isnan(table).all():
         chosen, way = spread(len(blocks_s), len(blocks_t)), "position"
     else:
@@ -227,17 +255,25 @@ def _in_order(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) ->
     return {block.name: fed.get(block.name, "") for block in blocks_t}, way
 
 
-def _block_values(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> Array:
-    """Return what each pair of blocks is worth: the sum over the roles that both have; NaN where none has a value."""
+def _block_values(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[Array, Array]:
+    """Return what each pair of blocks is worth, the sum over the roles that both have, and its standard error.
+
+    NaN where none has a value.
+    """
     compared_s, compared_t = ([block.compared for block in blocks] for blocks in (blocks_s, blocks_t))
-    table, known = np.zeros((len(blocks_s), len(blocks_t))), np.zeros((len(blocks_s), len(blocks_t)), bool)
+    shape = len(blocks_s), len(blocks_t)
+    table, known, squares = np.zeros(shape), np.zeros(shape, bool), np.zeros(shape)
     for role in sorted({role for layers in compared_s for role in layers}):
         rows, columns = ([i for i, x in enumerate(side) if role in x] for side in (compared_s, compared_t))
-        values = _values([compared_s[i][role] for i in rows], [compared_t[j][role] for j in columns], scores)
+        layers = [compared_s[i][role] for i in rows], [compared_t[j][role] for j in columns]
+        values = _values(*layers, scores)
         place = np.ix_(rows, columns)
         table[place] += np.nan_to_num(values)
         known[place] |= ~np.isnan(values)
-    return np.where(known, table, np.nan)
+        if (errors := _errors(*layers, scores)) is not None:
+            squares[place] += np.square(errors)
+    table[~known] = np.nan
+    return table, np.sqrt(squares, out=squares)
 
 
 def best_in_order(values: ArrayLike) -> list[tuple[int, int]]:

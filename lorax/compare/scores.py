@@ -11,24 +11,38 @@ from ..errors import MismatchError
 from ..models.layers import Layer
 
 Array = NDArray[np.float64]
-# Pairs that are held at once, of 32 bytes each: half a gigabyte. The largest known bases have a hundredth of it.
+# Pairs that are held at once, of 32 to 48 bytes each: up to 0.8 gigabytes.
+# The largest known bases have a hundredth of it.
 MOST_PAIRS = 2**24
+# An estimate within so many standard errors of what decides is computed exactly: 95 % of a normal distribution are.
+ERRORS = 2.0
 # Below this room between chance and 1 a corrected value says nothing.
 ROOM = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The similarity of two layers on one side: `phi`, and `chance`, what unrelated layers score. NaN: no value."""
+    """The similarity of two layers on one side. NaN: no value.
+
+    Attributes:
+        phi: The similarity.
+        chance: What unrelated layers score.
+        error: Standard error of `corrected` where it was estimated by a sketch; 0 where it is exact.
+    """
 
     phi: float
     chance: float
+    error: float = 0.0
 
     @property
     def corrected(self) -> float:
         """`(phi - chance) / (1 - chance)`: 0 by chance, 1 for equal subspaces; NaN where chance is already 1."""
         room = 1 - self.chance
         return (self.phi - self.chance) / room if room > ROOM else math.nan
+
+    def is_near(self, threshold: float) -> bool:
+        """Whether it is an estimate too near to a threshold to say on which side it is."""
+        return self.error > 0 and abs(self.corrected - threshold) <= ERRORS * self.error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,13 +52,16 @@ class ScoreTable:
     Attributes:
         phi: `[sources, targets]`; NaN: no value.
         chance: The same.
+        error: The same; None where all are exact.
     """
 
     phi: Array
     chance: Array
+    error: Array | None = None
 
     def __getitem__(self, pair: tuple[int, int]) -> Score:
-        return Score(float(self.phi[pair]), float(self.chance[pair]))
+        error = 0.0 if self.error is None else float(self.error[pair])
+        return Score(float(self.phi[pair]), float(self.chance[pair]), error)
 
     @property
     def corrected(self) -> Array:
@@ -56,7 +73,7 @@ class ScoreTable:
     def part(self, rows: Sequence[int], columns: Sequence[int]) -> "ScoreTable":
         """Return the table of some of its sources and targets."""
         place = np.ix_(rows, columns)
-        return ScoreTable(self.phi[place], self.chance[place])
+        return ScoreTable(self.phi[place], self.chance[place], None if self.error is None else self.error[place])
 
 
 Sides = tuple[ScoreTable, ScoreTable]
@@ -65,6 +82,12 @@ Sides = tuple[ScoreTable, ScoreTable]
 def mean_corrected(sides: Sides) -> Array:
     """Return the mean corrected similarity `[sources, targets]` of the sides that have one; NaN where none has."""
     left, right = (side.corrected for side in sides)
+    return np.where(np.isnan(left), right, np.where(np.isnan(right), left, (left + right) / 2))
+
+
+def mean_error(sides: Sides) -> Array:
+    """Return the most that the standard error of `mean_corrected` can be; 0 where it is exact."""
+    left, right = (0 * side.phi if side.error is None else side.error for side in sides)
     return np.where(np.isnan(left), right, np.where(np.isnan(right), left, (left + right) / 2))
 
 
@@ -86,9 +109,9 @@ class Scores(Mapping[tuple[str, str], tuple[Score, Score]]):
         self._pairs = {pair: sides for scores in reversed(known) for pair, sides in scores._pairs.items()}
 
     def add(self, sources: Sequence[Layer], targets: Sequence[Layer], sides: Sides) -> None:
-        """Add all pairs of some layers: the left and the right scores."""
+        """Add all pairs of some layers: the left and the right scores, which count before what was known."""
         rows, columns = ({layer.name: i for i, layer in enumerate(side)} for side in (sources, targets))
-        self._tables.append((rows, columns, sides))
+        self._tables.insert(0, (rows, columns, sides))
 
     def add_pair(self, source: Layer, target: Layer, scores: tuple[Score, Score]) -> None:
         """Add one pair: the left and the right score."""

@@ -6,147 +6,49 @@
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..checks import check_rank
 from ..compute.engine import CPU, Engine
 from ..errors import MismatchError
-from ..linalg import Subspace, decompose, gram, near_one, to_exact
+from ..linalg import decompose
 from ..models.base import Base
 from ..models.layers import Layer
 from ..progress import Progress, counter, silent, unheard
 from .scores import Array, Score, Scores, ScoreTable, Sides, check_pairs
+from .sides import Groups, add, groups, is_wide, score_groups, tables, within
 
-# Above this side a Gram matrix costs more than the product of the two weights (4096^2 float32: 64 MB).
-GRAM_LIMIT = 4096
 # How much of the source is held at once while the target streams by.
 BUDGET_BYTES = 2**30
-# Sources whose scores are computed at a time.
-ROWS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """One side of one layer, `d` wide; `held` is its Gram matrix `[d, d]`, or where `d` is large its factor."""
-
-    trace: float
-    norm: float
-    held: Tensor
-
-
-class _Group:
-    """One side of some layers; the Gram matrices of one width lie in one tensor `[layers, d, d]`, where they are made.
-
-    Args:
-        sizes: The width of each layer.
-        device: Where to compute.
-    """
-
-    def __init__(self, sizes: list[int], device: str | torch.device) -> None:
-        self.sides: list[_Side] = []
-        self.places: dict[int, list[int]] = {}
-        self.of: list[int] = []
-        for i, d in enumerate(sizes):
-            self.of.append(len(self.places.setdefault(d, [])))
-            self.places[d].append(i)
-        self.stacks = {
-            d: torch.empty(len(found), d, d, device=device) for d, found in self.places.items() if d <= GRAM_LIMIT
-        }
-
-    def held(self, X: Tensor) -> Tensor:
-        """Return `X X^T` for the next layer in its place; `X` itself where it is too wide for that."""
-        i, d = len(self.sides), X.shape[0]
-        return gram(X, self.stacks[d][self.of[i]]) if d in self.stacks else X
-
-
-Groups = tuple[_Group, _Group]
-
-
-def _groups(shapes: list[tuple[int, int]], device: str | torch.device) -> Groups:
-    """Return empty groups for the left (output) and the right (input) side of some layers."""
-    return _Group([m for m, _ in shapes], device), _Group([n for _, n in shapes], device)
-
-
-def _add(groups: Groups, layer: Tensor | Subspace) -> None:
-    """Add the next layer: a weight, or one that is cut to its leading triplets. Both sides have one trace and norm."""
-    if isinstance(layer, Subspace):
-        layer = Subspace(layer.U, near_one(layer.S), layer.Vh)
-        factors = layer.U * layer.S, layer.Vh.T * layer.S
-    else:
-        layer = near_one(layer)
-        factors = layer, layer.T
-    held = [group.held(X) for group, X in zip(groups, factors, strict=True)]
-    if isinstance(layer, Subspace):
-        energy = to_exact(layer.S).double().square()
-        trace, norm = float(energy.sum()), float(energy.norm())
-    else:
-        X, G = min(zip(factors, held, strict=True), key=lambda pair: pair[0].shape[0])
-        G = to_exact(gram(X) if G is X else G)
-        trace, norm = float(G.diagonal().double().sum()), float(torch.linalg.vector_norm(G.double()))
-    for group, of in zip(groups, held, strict=True):
-        group.sides.append(_Side(trace, norm, of))
-
-
-def _scores(sources: _Group, targets: _Group, out: Array) -> None:
-    """Compare every source with every target; the inner products of all Gram matrices are one matrix product.
-
-    Args:
-        sources: One side of the sources.
-        targets: The same side of the targets.
-        out: Where to write phi and chance, `[sources, targets, 2]`, all NaN.
-    """
-    for d in sources.places.keys() & targets.places.keys():
-        rows, columns = sources.places[d], targets.places[d]
-        if d > GRAM_LIMIT:
-            products = [
-                [float(torch.linalg.vector_norm(sources.sides[i].held.T @ targets.sides[j].held)) ** 2 for j in columns]
-                for i in rows
-            ]
-            inner = np.array(products)
-        else:
-            inner = (sources.stacks[d].flatten(1) @ targets.stacks[d].flatten(1).T).cpu().numpy()
-        norms, traces = ([getattr(targets.sides[j], value) for j in columns] for value in ("norm", "trace"))
-        for start in range(0, len(rows), ROWS):
-            some = [sources.sides[i] for i in rows[start : start + ROWS]]
-            scale = np.outer([side.norm for side in some], norms)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                phi = inner[start : start + ROWS].astype(np.float64) / scale
-                chance = np.outer([side.trace for side in some], traces) / (d * scale)
-            found = np.where((scale > 0)[..., None], np.stack([phi, chance], axis=-1), np.nan)
-            out[np.ix_(rows[start : start + ROWS], columns)] = found
-
-
-def pair_scores(source: Tensor, target: Tensor, rank: int | None = None) -> tuple[Score, Score]:
+def pair_scores(
+    source: Tensor, target: Tensor, rank: int | None = None, *, sketch: int | None = None
+) -> tuple[Score, Score]:
     """Return the similarity of two weights on the left (output) and on the right (input) side.
 
     Args:
         source: `[m, n]`, float32.
         target: `[m', n']`, float32, on the same device.
         rank: Compare the weights cut to this many singular triplets; None compares them whole.
+        sketch: Columns of the sketches by which sides of more than eight times as many rows are compared; None compares
+            exactly.
 
     Returns:
         Left and right score; a side has NaN where its sizes differ or a weight is zero.
     """
-    groups: list[Groups] = []
+    both: list[Groups] = []
     for weight in (source, target):
-        groups.append(_groups([(weight.shape[0], weight.shape[1])], weight.device))
-        _add(groups[-1], weight if rank is None else decompose(weight, rank))
-    values = np.full((1, 1, 4), np.nan)
-    for side, (s, t) in enumerate(zip(*groups, strict=True)):
-        _scores(s, t, values[..., 2 * side : 2 * side + 2])
-    left, right = _sides(values)
+        both.append(groups([(weight.shape[0], weight.shape[1])], weight.device, sketch))
+        add(both[-1], weight if rank is None else decompose(weight, rank))
+    values = np.full((1, 1, 6), np.nan)
+    score_groups(both[0], both[1], values)
+    left, right = tables(values)
     return left[0, 0], right[0, 0]
-
-
-def _sides(values: Array) -> Sides:
-    """Return the tables of the left and of the right side, of `[sources, targets, 4]`: phi and chance of each."""
-    left, right = (ScoreTable(values[..., place], values[..., place + 1]) for place in (0, 2))
-    return left, right
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +157,7 @@ def score_layers(
     targets: list[Layer],
     *,
     rank: int | None = None,
+    sketch: int | None = None,
     engine: Engine = CPU,
     tick: Callable[[str], None] = unheard,
 ) -> Sides:
@@ -266,28 +169,32 @@ def score_layers(
         sources: Layers of the source.
         targets: Layers of the target.
         rank: Compare only the leading triplets; None compares whole layers.
+        sketch: As in `pair_scores`.
         engine: How and where to compute.
         tick: Called with the name of each layer that was read.
 
     Returns:
         The scores of all pairs on the left and on the right side.
     """
-    shape = len(sources), len(targets), 4
+    if sketch is not None and not any(is_wide(layer, sketch) for layer in sources + targets):
+        sketch = None
+    shape = len(sources), len(targets), 4 if sketch is None else 6
     key: list[object] = []
     if engine.cache is not None:
         names = [layer.name for layer in sources], [layer.name for layer in targets]
         key = [
             engine.version,
             rank,
+            sketch,
             *(engine.digests(base, of) for base, of in zip((source, target), names, strict=True)),
         ]
         found = engine.cache.read("scores", *key)
         if found is not None and len(found) == 8 * math.prod(shape):
-            return _sides(np.frombuffer(found).reshape(shape).copy())
-    values = _compare(source, target, sources, targets, rank, engine, tick)
+            return tables(np.frombuffer(found).reshape(shape).copy())
+    values = _compare(source, target, sources, targets, rank, sketch, engine, tick)
     if engine.cache is not None:
         engine.cache.write(values.tobytes(), "scores", *key)
-    return _sides(values)
+    return tables(values)
 
 
 def _compare(
@@ -296,46 +203,30 @@ def _compare(
     sources: list[Layer],
     targets: list[Layer],
     rank: int | None,
+    sketch: int | None,
     engine: Engine,
     tick: Callable[[str], None],
 ) -> Array:
-    """Return phi and chance of the left and of the right side, `[sources, targets, 4]`."""
-    values = np.full((len(sources), len(targets), 4), np.nan)
+    """Return what `score_groups` writes of all pairs."""
+    values = np.full((len(sources), len(targets), 4 if sketch is None else 6), np.nan)
 
     def compared(base: Base, layers: list[Layer]) -> Groups:
-        groups, names = _groups([x.matrix_shape for x in layers], engine.device), [x.name for x in layers]
+        both, names = groups([x.matrix_shape for x in layers], engine.device, sketch), [x.name for x in layers]
         found = engine.weights(base, names) if rank is None else (engine.triplets(base, name, rank) for name in names)
         for name, one in zip(names, found, strict=True):
             tick(name)
-            _add(groups, one)
-        return groups
+            add(both, one)
+        return both
 
     i = 0
-    for some_s in _within(BUDGET_BYTES, sources):
+    for some_s in within(BUDGET_BYTES, sources, sketch):
         groups_s, j = compared(source, some_s), 0
-        for some_t in _within(BUDGET_BYTES // 4, targets):
+        for some_t in within(BUDGET_BYTES // 4, targets, sketch):
             part = values[i : i + len(some_s), j : j + len(some_t)]
-            for side, (s, t) in enumerate(zip(groups_s, compared(target, some_t), strict=True)):
-                _scores(s, t, part[..., 2 * side : 2 * side + 2])
+            score_groups(groups_s, compared(target, some_t), part)
             j += len(some_t)
         i += len(some_s)
     return values
-
-
-def _within(budget: int, layers: list[Layer]) -> Iterator[list[Layer]]:
-    """Yield layers in groups: as many as what is held of them fills the budget, one at least."""
-    found: list[Layer] = []
-    size = 0
-    for layer in layers:
-        m, n = layer.matrix_shape
-        held = 4 * sum(d * (d if d <= GRAM_LIMIT else other) for d, other in ((m, n), (n, m)))
-        if found and size + held > budget:
-            yield found
-            found, size = [], 0
-        found.append(layer)
-        size += held
-    if found:
-        yield found
 
 
 def _by_kind(base: Base, attention_only: bool) -> dict[str, list[Layer]]:

@@ -84,7 +84,9 @@ class Mover:
             torch.cat([self.engine.weight(base, part.name) for part in parts])
             for base, parts in ((self.source, step.sources), (self.target, targets))
         )
-        left, right = pair_scores(weight_s, weight_t)
+        left, right = pair_scores(weight_s, weight_t, sketch=self.options.sketch)
+        if left.is_near(self.options.threshold) or right.is_near(self.options.threshold):
+            left, right = pair_scores(weight_s, weight_t)
         row = replace(step.row, left=left, right=right, source_norm=update.norm(weight_s))
         if row.corrected <= self.options.threshold:
             return replace(row, outcome=Outcome.BELOW_THRESHOLD, method=""), None
@@ -138,9 +140,14 @@ class Mover:
         """Return the left and right similarity of two layers; what was not known is computed, and then known."""
         pair = layer_s.name, layer_t.name
         if pair not in self.scores:
-            left, right = score_layers(self.source, self.target, [layer_s], [layer_t], engine=self.engine)
-            self.scores.add_pair(layer_s, layer_t, (left[0, 0], right[0, 0]))
+            self._compare(layer_s, layer_t, self.options.sketch)
+        if any(side.is_near(self.options.threshold) for side in self.scores[pair]):
+            self._compare(layer_s, layer_t, None)
         return self.scores[pair]
+
+    def _compare(self, layer_s: Layer, layer_t: Layer, sketch: int | None) -> None:
+        sides = score_layers(self.source, self.target, [layer_s], [layer_t], sketch=sketch, engine=self.engine)
+        self.scores.add_pair(layer_s, layer_t, (sides[0][0, 0], sides[1][0, 0]))
 
     def _norm(self, update: AdapterLayer, base: Base) -> float:
         return update.norm(self.engine.weight(base, update.layer.name) if update.norm_needs_weight else None)

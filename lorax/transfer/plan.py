@@ -148,7 +148,9 @@ def plan_transfer(
             known.append(similarity.scores)
         scores = Scores(*known)
         if assignment is None:
-            assignment = match_bases(source, target, options.matching, scores=scores, engine=engine, progress=progress)
+            assignment = match_bases(
+                source, target, options.matching, scores=scores, sketch=options.sketch, engine=engine, progress=progress
+            )
     steps = steps_of(adapter, source, target, assignment, options)
     return Plan(adapter, source, target, assignment, options, steps, scores)
 

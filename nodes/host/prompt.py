@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 # How the names of files with the weights of a model end.
 WEIGHTS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
@@ -60,5 +60,5 @@ def _is_weights(value: Any) -> bool:
     return isinstance(value, str) and value.lower().endswith(WEIGHTS)
 
 
-def _is_link(value: Any) -> TypeGuard[list[Any]]:
+def _is_link(value: Any) -> bool:
     return isinstance(value, list)
