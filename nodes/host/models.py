@@ -80,29 +80,17 @@ def open_model(model: Model | Base, clip: Clip | None = None, name: str | None =
         return model
     name = name or type(getattr(model.model, "model_config", model.model)).__name__
     encoders = {kind: _text_modules(clip, prefix) for kind, prefix in TEXT_ENCODERS.items()} if clip is not None else {}
-    weights = ModelWeights(model, clip)
-    base = loaded_base(name, _parameters(model, UNET), encoders, weights.read, lambda: _spellings(model))
-    weights.encoders = {encoder.component: TEXT_ENCODERS[encoder.kind] for encoder in base.family.text_encoders}
+
+    def read(layer: Layer) -> Tensor:
+        key = model_key(base, layer)
+        patcher = model if clip is None or layer.is_main else clip.patcher
+        if isinstance(key, str):
+            return weight_of(patcher, key)
+        key, (dimension, start, length) = key
+        return weight_of(patcher, key).narrow(dimension, start, length)
+
+    base = loaded_base(name, _parameters(model, UNET), encoders, read, lambda: _spellings(model))
     return base
-
-
-class ModelWeights:
-    """The weights of a MODEL and a CLIP, by layer.
-
-    Attributes:
-        encoders: Where the host keeps each text encoder of the family, by component; told when the family is known.
-    """
-
-    def __init__(self, model: Model, clip: Clip | None) -> None:
-        self._model, self._clip = model, clip
-        self.encoders: dict[str, str] = {}
-
-    def read(self, layer: Layer) -> Tensor:
-        """Return the weight of a layer, float32."""
-        if self._clip is not None and not layer.is_main:
-            return weight_of(self._clip.patcher, f"{self.encoders[layer.component]}{layer.path}.weight")
-        weight = weight_of(self._model, f"{UNET}{layer.original}.weight")
-        return weight if layer.rows is None else weight[slice(*layer.rows)]
 
 
 def state_of(model: Model, clip: Clip | None) -> tuple[object, ...]:
