@@ -38,14 +38,13 @@ RANK = 16
 
 def make(folder: Path, double: int, single: int) -> None:
     """Write two bases and a LoRA of the first; runs in ComfyUI."""
-    import comfy.ldm.flux.model
-    import comfy.ops
     import torch
     from safetensors.torch import save_file
 
+    flux, ops = map(importlib.import_module, ("comfy.ldm.flux.model", "comfy.ops"))
     with torch.device("meta"):
         config = FLUX | {"depth": double, "depth_single_blocks": single}
-        model = comfy.ldm.flux.model.Flux(**config, operations=comfy.ops.disable_weight_init, dtype=torch.bfloat16)
+        model = flux.Flux(**config, operations=ops.disable_weight_init, dtype=torch.bfloat16)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for name, change in (("source", 0.0), ("target", 0.1)):
         generator, tensors = torch.Generator().manual_seed(1), {}
@@ -66,19 +65,19 @@ def make(folder: Path, double: int, single: int) -> None:
 
 def move(way: str, folder: Path) -> dict[str, Any]:
     """Move the LoRA as the node does; runs in ComfyUI."""
-    import comfy.sd
     import torch
 
     for name, path in (("lora_x_pack", ROOT), ("lora_x_pack.nodes", ROOT / "nodes")):
         module = types.ModuleType(name)
         module.__path__ = [str(path)]
         sys.modules[name] = module
+    sd = importlib.import_module("comfy.sd")
     host = importlib.import_module("lora_x_pack.nodes.host")
     lorax = importlib.import_module("lora_x_pack.lorax")
     memory = importlib.import_module("lora_x_pack.benchmarks.memory")
 
     def loaded(name: str) -> Any:
-        return host.open_model(comfy.sd.load_diffusion_model(str(folder / f"{name}.safetensors")))
+        return host.open_model(sd.load_diffusion_model(str(folder / f"{name}.safetensors")))
 
     with torch.inference_mode():
         target, before = loaded("target"), memory.peak()
@@ -106,9 +105,7 @@ def in_comfyui() -> None:
     what, folder, *counts = sys.argv[1:]
     sys.argv = [sys.argv[0], "--cpu"]
     sys.path.insert(0, os.getcwd())
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    importlib.import_module("comfy.options").enable_args_parsing()
     if what == "make":
         make(Path(folder), *map(int, counts))
     else:

@@ -72,4 +72,4 @@ with torch.inference_mode():
         weight = wide.model.get_parameter(key).clone()
         found = comfy.lora.calculate_weight(patched.patches[key], weight.clone(), key)
         save_file({"up": up, "down": down, "weight": weight, "patched": found}, out / f"{name}.safetensors")
-path.unlink()
+(out / "lora.safetensors").unlink()
