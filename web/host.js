@@ -3,6 +3,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { forward } from "./canvas.js";
 import { isOld, keep, keptOf, remember, typeIn } from "./kept.js";
 import { settersOf, takersOf } from "./links.js";
 import { lossView } from "./loss_view.js";
@@ -21,7 +22,6 @@ const TRANSFER = "LoraXTransfer";
 const MOVE = "LoraXMove";
 const APPLY = "LoraXApply";
 const TRAIN = "LoraXTrain";
-const SCROLLS = "[data-capture-wheel], .lorax-view";
 const TEXT = "$$node-text-preview"; // the front end's widget for the text that a node sends while it runs
 const FOLLOWED = ["threshold", "strength"]; // widgets that views of other nodes show and set
 
@@ -366,7 +366,7 @@ function attach(node) {
   for (const one of node.widgets ?? []) chain(one, "callback", () => markOld(node));
   chain(node, "onConfigure", () => showKept(node));
   chain(node, "onConnectionsChange", tellSoon);
-  forward(view.element);
+  forward(view.element, () => app.canvas);
 }
 
 /**
@@ -382,45 +382,6 @@ function chain(object, name, then) {
     then(...values);
     return result;
   };
-}
-
-/**
- * Let the canvas have what is meant for it: the wheel where nothing scrolls, and the middle button.
- * @param {HTMLElement} element
- */
-function forward(element) {
-  element.addEventListener("wheel", (event) => {
-    let list = closest(event, SCROLLS);
-    while (list && list.scrollHeight <= list.clientHeight) list = list.parentElement?.closest(SCROLLS) ?? null;
-    if (list && !event.ctrlKey) {
-      event.stopPropagation();
-    } else {
-      event.preventDefault();
-      event.stopPropagation();
-      app.canvas.processMouseWheel(event);
-    }
-  });
-  /** @type {["pointerdown" | "pointermove" | "pointerup", "processMouseDown" | "processMouseMove" | "processMouseUp"][]} */
-  const moves = [
-    ["pointerdown", "processMouseDown"],
-    ["pointermove", "processMouseMove"],
-    ["pointerup", "processMouseUp"],
-  ];
-  for (const [type, method] of moves) {
-    element.addEventListener(type, (event) => {
-      const middle = event.button === 1 || (event.buttons & 4) === 4;
-      if (middle) app.canvas[method](event);
-      if (closest(event, "input, select, button, [tabindex]")) event.stopPropagation();
-    });
-  }
-}
-
-/**
- * @param {Event} event
- * @param {string} selector
- */
-function closest({ target }, selector) {
-  return target instanceof Element ? target.closest(selector) : null;
 }
 
 /**
