@@ -8,7 +8,7 @@ from ..lorax.models.base import Base
 from . import host
 from .convert import as_lora, has_lora_x
 from .host import io
-from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, base_input, node_schema
+from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, base_input, lora_input, node_schema
 
 FORMS = ("LoRA, kohya names", "LoRA, diffusers names", "LoRA-X")
 
@@ -28,11 +28,7 @@ class LoraXLoader(io.ComfyNode):
             search_aliases=["load lora file", "inspect lora", "lora info", "load lora-x"],
             description="Reads a LoRA or LoRA-X file so that it can be moved to another base model.",
             inputs=[
-                io.Combo.Input(
-                    "lora_name",
-                    options=host.adapter_files(),
-                    tooltip="A LoRA or LoRA-X file from the loras folders. Press R to see new files.",
-                )
+                lora_input(),
             ],
             outputs=[
                 AdapterPort.Output(display_name="adapter", tooltip="The adapter, not yet applied to anything."),

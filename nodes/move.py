@@ -14,7 +14,7 @@ from . import host
 from .convert import as_lora, has_lora_x
 from .host import io
 from .transfer import SEARCHED, summary
-from .types import CATEGORY, node_schema
+from .types import CATEGORY, lora_input, node_schema, strength_input
 
 # Module of a MODEL -> node -> (what it was made of, the adapter for this MODEL, the report).
 _remembered: WeakKeyDictionary[Module, dict[str, tuple[object, Adapter, TransferReport]]] = WeakKeyDictionary()
@@ -35,24 +35,13 @@ class LoraXMove(io.ComfyNode):
             search_aliases=[*SEARCHED, "load lora of another model"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the LoRA shall work on."),
-                io.Combo.Input(
-                    "lora_name",
-                    options=host.adapter_files(),
-                    tooltip="A LoRA or LoRA-X file from the loras folders. Press R to see new files.",
-                ),
+                lora_input(),
                 io.Combo.Input(
                     "base_name",
                     options=host.base_files(),
                     tooltip="The base model that the LoRA was made for. It is read a layer at a time and never loaded.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Factor of the update. Changing it computes nothing again.",
-                ),
+                strength_input(),
                 io.Clip.Input("clip", optional=True, tooltip="Text encoder, for a LoRA that has layers for it."),
             ],
             outputs=[

@@ -12,7 +12,17 @@ from ..lorax.transfer.run import transfer_adapter
 from . import host
 from .convert import remembered_as_lora
 from .host import io
-from .types import CATEGORY, SHOWN_AGAIN, AdapterPort, SimilarityPort, base_input, cache_input, node_schema, rank_input
+from .types import (
+    CATEGORY,
+    SHOWN_AGAIN,
+    AdapterPort,
+    SimilarityPort,
+    base_input,
+    cache_input,
+    node_schema,
+    rank_input,
+    strength_input,
+)
 
 # What users who have a LoRA of another base look for.
 SEARCHED = [
@@ -165,14 +175,7 @@ class LoraXApply(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that the adapter now fits."),
                 AdapterPort.Input("adapter", tooltip="A transferred adapter, or one on its own base model."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Factor of the update. Changing it computes nothing again.",
-                ),
+                strength_input(),
                 io.Clip.Input("clip", optional=True, tooltip="Text encoder, for an adapter that has layers for it."),
             ],
             outputs=[

@@ -4,7 +4,7 @@ from collections.abc import Container
 from typing import Any
 
 from ..lorax.options import RANK
-from .host import io
+from .host import adapter_files, io
 
 CATEGORY = "LoRA-X"
 # `HAS_INTERMEDIATE_OUTPUT` of nodes that are no output nodes: where they need not run again, newer hosts send what they
@@ -52,3 +52,24 @@ def cache_input() -> object:
 def rank_input(tooltip: str) -> object:
     """Return the rank widget that several nodes share."""
     return io.Int.Input("rank", default=RANK, min=1, max=16384, tooltip=tooltip)
+
+
+def strength_input() -> object:
+    """Return the strength widget that several nodes share."""
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=-10.0,
+        max=10.0,
+        step=0.01,
+        tooltip="Factor of the update. Changing it computes nothing again.",
+    )
+
+
+def lora_input() -> object:
+    """Return the list of adapter files that several nodes share."""
+    return io.Combo.Input(
+        "lora_name",
+        options=adapter_files(),
+        tooltip="A LoRA or LoRA-X file from the loras folders. Press R to see new files.",
+    )

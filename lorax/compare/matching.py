@@ -224,22 +224,21 @@ def _is_open(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> 
     return False
 
 
-def _values(sources: list[Layer], targets: list[Layer], scores: Scores) -> Array:
-    """Return the mean corrected similarity of both sides, `[sources, targets]`; NaN where no side can be compared."""
-    sides = scores.sides(sources, targets)
-    return np.full((len(sources), len(targets)), np.nan) if sides is None else mean_corrected(sides)
+def _values(sources: list[Layer], targets: list[Layer], scores: Scores) -> tuple[Array, Array]:
+    """Return the mean corrected similarity of both sides, `[sources, targets]`, and its standard error.
 
-
-def _errors(sources: list[Layer], targets: list[Layer], scores: Scores) -> Array | None:
-    """Return the standard errors of `_values`; None where all are exact."""
+    NaN where no side can be compared.
+    """
     sides = scores.sides(sources, targets)
-    return None if sides is None or all(side.error is None for side in sides) else np.nan_to_num(mean_error(sides))
+    if sides is None:
+        return np.full((len(sources), len(targets)), np.nan), np.zeros(())
+    return mean_corrected(sides), np.nan_to_num(mean_error(sides))
 
 
 def _argmax(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores) -> tuple[dict[str, str], str]:
     found: dict[str, str] = {}
     for sources, targets in _roles(blocks_s, blocks_t):
-        values = _values(sources, targets, scores)
+        values, _ = _values(sources, targets, scores)
         for j in np.flatnonzero(~np.isnan(values).all(0)).tolist():
             found[targets[j].name] = sources[int(np.nanargmax(values[:, j]))].name
     return found, "similarity"
@@ -266,12 +265,11 @@ def _block_values(blocks_s: list[_Block], blocks_t: list[_Block], scores: Scores
     for role in sorted({role for layers in compared_s for role in layers}):
         rows, columns = ([i for i, x in enumerate(side) if role in x] for side in (compared_s, compared_t))
         layers = [compared_s[i][role] for i in rows], [compared_t[j][role] for j in columns]
-        values = _values(*layers, scores)
+        values, errors = _values(*layers, scores)
         place = np.ix_(rows, columns)
         table[place] += np.nan_to_num(values)
         known[place] |= ~np.isnan(values)
-        if (errors := _errors(*layers, scores)) is not None:
-            squares[place] += np.square(errors)
+        squares[place] += np.square(errors)
     table[~known] = np.nan
     return table, np.sqrt(squares, out=squares)
 

@@ -86,7 +86,9 @@ def mean_corrected(sides: Sides) -> Array:
 
 
 def mean_error(sides: Sides) -> Array:
-    """Return the most that the standard error of `mean_corrected` can be; 0 where it is exact."""
+    """Return the most that the standard error of `mean_corrected` can be; 0, of no shape where all are exact."""
+    if all(side.error is None for side in sides):
+        return np.zeros(())
     left, right = (0 * side.phi if side.error is None else side.error for side in sides)
     return np.where(np.isnan(left), right, np.where(np.isnan(right), left, (left + right) / 2))
 

@@ -68,8 +68,8 @@ class Group:
         return (count, d, d) if d <= GRAM_LIMIT else ()
 
     def is_sketched(self, d: int) -> bool:
-        """Whether a layer of this width is sketched."""
-        return self.sketch is not None and d > EXACT_ROWS * self.sketch
+        """Whether a side of this width is sketched."""
+        return self.sketch is not None and is_wide(d, self.sketch)
 
     def held(self, X: Tensor) -> Tensor:
         """Return what is held of the next layer, in its place."""
@@ -142,9 +142,9 @@ def tables(values: Array) -> Sides:
     return left, right
 
 
-def is_wide(layer: Layer, sketch: int) -> bool:
-    """Whether a side of a layer is so wide that it is sketched."""
-    return max(layer.matrix_shape) > EXACT_ROWS * sketch
+def is_wide(d: int, sketch: int) -> bool:
+    """Whether a side is so wide that it is sketched."""
+    return d > EXACT_ROWS * sketch
 
 
 def within(budget: int, layers: list[Layer], sketch: int | None) -> Iterator[list[Layer]]:
@@ -164,7 +164,7 @@ def within(budget: int, layers: list[Layer], sketch: int | None) -> Iterator[lis
 
 
 def _held(d: int, other: int, sketch: int | None) -> int:
-    if sketch is not None and d > EXACT_ROWS * sketch:
+    if sketch is not None and is_wide(d, sketch):
         return sketch
     return d if d <= GRAM_LIMIT else other
 

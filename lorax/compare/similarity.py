@@ -176,7 +176,7 @@ def score_layers(
     Returns:
         The scores of all pairs on the left and on the right side.
     """
-    if sketch is not None and not any(is_wide(layer, sketch) for layer in sources + targets):
+    if sketch is not None and not any(is_wide(max(layer.matrix_shape), sketch) for layer in sources + targets):
         sketch = None
     shape = len(sources), len(targets), 4 if sketch is None else 6
     key: list[object] = []

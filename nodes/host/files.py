@@ -9,14 +9,14 @@ from ...lorax.errors import FormatError, OutputError
 from ...lorax.files import output
 from ...lorax.files.longpath import on_disk
 from ...lorax.files.tensorfile import natural_order
+from ...lorax.models.basefiles import KINDS, SHARD
 
 # Of the name of a saved file: with a number and an ending its parts stay within the 255 bytes of file systems.
 NAME_BYTES = 200
 PREFIX_CHARACTERS = 1000
 # Where base models lie, and what their files are called.
 BASE_FOLDERS = ("checkpoints", "diffusion_models")
-BASE_ENDINGS = (".safetensors", ".sft", ".gguf")
-SHARD = re.compile(r"-(\d{5})-of-\d{5}\.\w+$")
+BASE_ENDINGS = (*KINDS, ".sft")
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -49,8 +49,8 @@ def base_files() -> list[str]:
         names: dict[str, None] = {}
         for root in folder_paths.get_folder_paths(folder):
             for name in sorted(folder_paths.recursive_search(root, [".git"])[0], key=natural_order):
-                part = SHARD.search(name)
-                if name.lower().endswith(BASE_ENDINGS) and (part is None or int(part[1]) == 1):
+                part = SHARD.fullmatch(name)
+                if name.lower().endswith(BASE_ENDINGS) and (part is None or int(part[2]) == 1):
                     names[name] = None
         found |= {f"{folder}/{name}" if name in found else name: None for name in names}
     return list(found)

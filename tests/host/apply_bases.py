@@ -9,12 +9,10 @@ values, `<case>:<parameter>`. Prints JSON: model -> case -> the keys that were n
 weight, and what the host logged.
 """
 
-import importlib
 import json
 import logging
 import os
 import sys
-import types
 from pathlib import Path
 
 folder, pack = Path(sys.argv[1]), Path(sys.argv[2])
@@ -30,6 +28,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
+from load_pack import load_pack
 from safetensors.torch import save_file
 from small_models import SMALLEST, build
 
@@ -43,15 +42,6 @@ class Record(logging.Handler):
 
     def emit(self, record):
         logged.append(record.getMessage())
-
-
-def load_pack():
-    """Import the pack as the host does, under another name, without its nodes."""
-    for name, path in (("lora_x_pack", pack), ("lora_x_pack.nodes", pack / "nodes")):
-        module = types.ModuleType(name)
-        module.__path__ = [str(path)]
-        sys.modules[name] = module
-    return importlib.import_module("lora_x_pack.nodes.host"), importlib.import_module("lora_x_pack.lorax")
 
 
 def open_model(name):
@@ -92,7 +82,7 @@ def changed(patched):
 
 logging.getLogger().addHandler(Record(logging.WARNING))
 found = {}
-host, lorax = load_pack()
+host, lorax = load_pack(pack)
 with torch.inference_mode():
     for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         logged.clear()

@@ -6,10 +6,8 @@ Writes OUT/<name>.safetensors for each of WIDE: `up` and `down` of the LoRA, whi
 channels, the `weight` of the other's input layer, and what the host makes of it with the patches, `patched`.
 """
 
-import importlib
 import os
 import sys
-import types
 from pathlib import Path
 
 pack, out = map(Path, sys.argv[1:])
@@ -24,6 +22,7 @@ import comfy.lora
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+from load_pack import load_pack
 from safetensors.torch import save_file
 from small_models import MODELS, build
 
@@ -36,15 +35,6 @@ WIDE = {
 }
 
 
-def load_pack():
-    """Import the pack as the host does, under another name, without its nodes."""
-    for name, path in (("lora_x_pack", pack), ("lora_x_pack.nodes", pack / "nodes")):
-        module = types.ModuleType(name)
-        module.__path__ = [str(path)]
-        sys.modules[name] = module
-    return importlib.import_module("lora_x_pack.nodes.host"), importlib.import_module("lora_x_pack.lorax")
-
-
 def made(kind, config):
     """Return a model with random weights, as a MODEL."""
     model = build(comfy.supported_models, kind, config, "cpu")
@@ -55,7 +45,7 @@ def made(kind, config):
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 
 
-host, lorax = load_pack()
+host, lorax = load_pack(pack)
 torch.manual_seed(0)
 with torch.inference_mode():
     for name, (model, module, more) in WIDE.items():

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import sys
-import types
 from functools import partial
 from pathlib import Path
 
@@ -27,13 +26,10 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models
 import torch
+from load_pack import load_pack
 from small_models import SMALLEST, build
 
-for name, path in (("lora_x_pack", pack), ("lora_x_pack.nodes", pack / "nodes")):
-    module = types.ModuleType(name)
-    module.__path__ = [str(path)]
-    sys.modules[name] = module
-host = importlib.import_module("lora_x_pack.nodes.host")
+host, _ = load_pack(pack)
 attach = importlib.import_module("lora_x_pack.lorax.train").attach
 
 FAMILIES = {"eps": ("sd1", 4, 768, 0), "v": ("sd1", 4, 768, 0), "flow": ("flux", 16, 96, 48)}

@@ -9,11 +9,9 @@ GGUF model and of the checkpoint.
 """
 
 import asyncio
-import importlib
 import json
 import os
 import sys
-import types
 from pathlib import Path
 
 models, pack, gguf_pack, out = map(Path, sys.argv[1:])
@@ -29,18 +27,10 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from load_pack import load_pack
 from safetensors.torch import save_file
 
 import nodes
-
-
-def load_pack():
-    """Import the pack as the host does, under another name, without its nodes."""
-    for name, path in (("lora_x_pack", pack), ("lora_x_pack.nodes", pack / "nodes")):
-        module = types.ModuleType(name)
-        module.__path__ = [str(path)]
-        sys.modules[name] = module
-    return importlib.import_module("lora_x_pack.nodes.host")
 
 
 def read(model):
@@ -50,7 +40,7 @@ def read(model):
 
 folder_paths.add_model_folder_path("diffusion_models", str(models / "checkpoints"))
 assert asyncio.run(nodes.load_custom_node(str(gguf_pack)))
-host = load_pack()
+host, _ = load_pack(pack)
 lora = comfy.utils.load_torch_file(str(models / "loras/sd15-style.safetensors"))
 with torch.inference_mode():
     (model,) = nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("sd15-base.gguf")

@@ -7,11 +7,9 @@ what the pack reads is from what the host makes of that weight, and from the che
 object where this version of the host has no such formats.
 """
 
-import importlib
 import json
 import os
 import sys
-import types
 from pathlib import Path
 
 models, pack, out = map(Path, sys.argv[1:])
@@ -29,20 +27,12 @@ except ImportError:
     sys.exit()
 import comfy.sd
 import torch
+from load_pack import load_pack
 from safetensors.torch import load_file, save_file
 
 INNER = "model.diffusion_model."
 # Those that take layers of any width.
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise")
-
-
-def load_pack():
-    """Import the pack as the host does, under another name, without its nodes."""
-    for name, path in (("lora_x_pack", pack), ("lora_x_pack.nodes", pack / "nodes")):
-        module = types.ModuleType(name)
-        module.__path__ = [str(path)]
-        sys.modules[name] = module
-    return importlib.import_module("lora_x_pack.nodes.host")
 
 
 def quantised(weights, kind):
@@ -59,7 +49,8 @@ def quantised(weights, kind):
     return tensors
 
 
-host, found = load_pack(), {}
+host, _ = load_pack(pack)
+found = {}
 checkpoint = load_file(models / "checkpoints/sd15-base.safetensors")
 checkpoint = {key.removeprefix(INNER): weight for key, weight in checkpoint.items()}
 with torch.inference_mode():

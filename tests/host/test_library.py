@@ -4,7 +4,6 @@ The library is ComfyUI of November 2024 from the package registry. It has no ser
 classes are not imported here.
 """
 
-import importlib
 import re
 import sys
 import types
@@ -13,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import LIBRARY, ROOT
+from load_pack import load_pack
 from safetensors.torch import load_file, save_file
 
 if not LIBRARY.is_dir():
@@ -45,14 +45,8 @@ def inference():
 @pytest.fixture(scope="session")
 def pack():
     """The pack under another name, as the host loads it, without the node classes."""
-    for name, folder in (("lora_x_pack", ROOT), ("lora_x_pack.nodes", ROOT / "nodes")):
-        module = types.ModuleType(name)
-        module.__path__ = [str(folder)]
-        sys.modules[name] = module
-    return types.SimpleNamespace(
-        host=importlib.import_module("lora_x_pack.nodes.host"),
-        lorax=importlib.import_module("lora_x_pack.lorax"),
-    )
+    host, lorax = load_pack(ROOT)
+    return types.SimpleNamespace(host=host, lorax=lorax)
 
 
 @pytest.fixture(scope="session")
